@@ -1,0 +1,299 @@
+"""The store: tenants' adapters as immutable, content-addressed versions behind mutable names.
+
+Owns the order in which blobs and catalog change, on which every promise rests: bytes are durable before a row names
+them, and a row is gone before its bytes are. Knows nothing of models, requests or HTTP.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from . import disk, manifest
+from .blobs import Blobs, FileBlobs
+from .catalog import Catalog, Clock, file_url
+from .digest import Digest
+from .errors import Corrupt, Invalid, NotFound, disk_errors
+from .names import MAX_NAME, check_name
+from .records import JSON, AdapterRecord, Collected, Damage, UserBinding
+from .staging import Staged
+
+MAX_PAGE = 1000  # records per page of a listing
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Store:
+    """Adapters and users of all tenants. Synchronous and thread-safe; instances and processes may share a directory.
+
+    Invariant: every live version has every byte it needs, durably, whenever anybody can see it.
+
+    Usage:
+        with Store.open(Path("store")) as store, store.stage(max_bytes=1 << 28) as staged:
+            staged.write("adapter_model.safetensors", chunks)
+            record, created = store.publish(
+                staged, tenant="acme", name="support", method="lora", parts=("lora",), details={"rank": 16}
+            )
+    """
+
+    def __init__(self, blobs: Blobs, catalog: Catalog, clock: Clock = utc_now) -> None:
+        self._blobs = blobs
+        self._catalog = catalog
+        self._clock = clock
+
+    @classmethod
+    def open(cls, root: Path, *, clock: Clock = utc_now) -> Self:
+        """The store in directory `root`, which is made if need be; uploads that a dead process left are removed.
+
+        Raises: Conflict when newer code wrote it; Corrupt; Unavailable.
+        """
+        with disk_errors():
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        blobs = FileBlobs(root)
+        try:
+            with disk.locked(root):  # one process at a time creates the tables and switches the database to WAL
+                catalog = Catalog(file_url(root / "catalog.sqlite3"), clock)
+        except BaseException:
+            blobs.close()
+            raise
+        return cls(blobs, catalog, clock)
+
+    def close(self) -> None:
+        """Uploads still being staged are dropped. Idempotent."""
+        self._blobs.close()
+        self._catalog.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    # Adapters.
+
+    def stage(self, *, max_bytes: int | None = None) -> Staged:
+        """A new upload, at most `max_bytes` over all its files. Use it as a context manager."""
+        return Staged(self._blobs.draft, max_bytes)
+
+    def publish(
+        self,
+        staged: Staged,
+        *,
+        tenant: str,
+        name: str,
+        method: str,
+        parts: tuple[str, ...],
+        details: Mapping[str, JSON],
+    ) -> tuple[AdapterRecord, bool]:
+        """Makes an upload the newest version of `name`. Durable and visible to every process on return.
+
+        The flag is False when the newest version already has exactly these files: nothing changes, and that version's
+        record is returned. Content that other names or tenants hold takes no extra space and looks no different.
+
+        Raises: Invalid for a name, an upload without files, details that are not JSON; Conflict for an upload that is
+            broken or already published; Unavailable.
+        """
+        check_name("tenant", tenant)
+        check_name("adapter_id", name)
+        report = _plain_json(details)
+        digest, drafts = staged.seal()
+        entries = staged.entries.values()
+        with self._blobs.publishing():
+            self._blobs.keep(drafts)
+            return self._catalog.add(
+                tenant=tenant,
+                name=name,
+                digest=digest,
+                blobs={digest, *(entry.blob for entry in entries)},
+                method=method,
+                parts=parts,
+                size_bytes=sum(entry.size for entry in entries),
+                details=report,
+            )
+
+    def get(self, tenant: str, name: str, version: int | None = None) -> AdapterRecord:
+        """One version, the newest by default. Raises: NotFound, the same for a foreign name as for a missing one."""
+        check_name("tenant", tenant)
+        return self._catalog.get(tenant, check_name("adapter_id", name), version)
+
+    def versions(self, tenant: str, name: str) -> tuple[AdapterRecord, ...]:
+        """Newest first. Raises: NotFound."""
+        check_name("tenant", tenant)
+        return self._catalog.versions(tenant, check_name("adapter_id", name))
+
+    def list(self, tenant: str, *, limit: int = 100, cursor: str | None = None) -> tuple[tuple[AdapterRecord, ...], str | None]:
+        """The newest version of each name, newest first, and the cursor of the next page (None on the last).
+
+        An adapter published while a client pages through moves to the front and is not seen twice.
+
+        Raises: Invalid for a limit outside 1..MAX_PAGE or a cursor that this method did not give.
+        """
+        check_name("tenant", tenant)
+        after = None if cursor is None else _age_of(cursor)
+        records = self._catalog.list(tenant, _page(limit) + 1, after)
+        shown = records[:limit]
+        if len(records) <= limit:
+            return shown, None
+        return shown, _cursor(f"{shown[-1].created_at.isoformat()} {shown[-1].name}")
+
+    def count(self, tenant: str | None = None) -> int:
+        """Adapter names in use; of every tenant by default."""
+        return self._catalog.count(None if tenant is None else check_name("tenant", tenant))
+
+    def delete(self, tenant: str, name: str, version: int | None = None) -> None:
+        """Deletes one version, or the adapter. At once for everybody who asks by name; `gc` frees the space.
+
+        Requests that run on it can still load its `files` until `gc`'s grace is over. A later upload under the name
+        goes on counting. Users bound to the adapter stay bound: their requests fail as for any missing adapter, rather
+        than silently reach the bare base model, and work again once the name is uploaded anew.
+
+        Raises: NotFound.
+        """
+        check_name("tenant", tenant)
+        self._catalog.delete(tenant, check_name("adapter_id", name), version)
+
+    def files(self, digest: Digest) -> Mapping[str, Path]:
+        """File name -> local file of the content that a record's `digest` names. Sizes are checked, bytes by `verify`.
+
+        Only the digest of a version is accepted, so a file that merely looks like a manifest is never read as one.
+
+        Raises: NotFound for a digest of no version; Corrupt when a file is missing or has another size.
+        """
+        if not self._catalog.knows(digest):
+            raise NotFound("digest", digest)
+        entries = self._manifest(digest)
+        for name, entry in entries.items():
+            size = self._blobs.size(entry.blob)
+            if size != entry.size:
+                found = "is missing" if size is None else f"has {size} bytes"
+                raise Corrupt(f"adapter {digest.short}: file {name!r} of {entry.size} bytes {found}")
+        return {name: self._blobs.path(entry.blob) for name, entry in entries.items()}
+
+    # Users.
+
+    def bind_user(self, tenant: str, user_id: str, adapter_id: str) -> UserBinding:
+        """Requests of `user_id` go through `adapter_id` from now on, whatever it was before.
+
+        Raises: NotFound when this tenant has no such adapter.
+        """
+        check_name("tenant", tenant)
+        return self._catalog.bind_user(tenant, check_name("user_id", user_id), check_name("adapter_id", adapter_id))
+
+    def get_user(self, tenant: str, user_id: str) -> UserBinding:
+        """The binding, also while its adapter is deleted. Raises: NotFound."""
+        check_name("tenant", tenant)
+        return self._catalog.get_user(tenant, check_name("user_id", user_id))
+
+    def list_users(
+        self, tenant: str, *, limit: int = 100, cursor: str | None = None
+    ) -> tuple[tuple[UserBinding, ...], str | None]:
+        """Bindings in the order of their user ids, and the cursor of the next page (None on the last).
+
+        Raises: Invalid for a limit outside 1..MAX_PAGE or a cursor that this method did not give.
+        """
+        check_name("tenant", tenant)
+        after = None if cursor is None else _user_of(cursor)
+        bindings = self._catalog.list_users(tenant, _page(limit) + 1, after)
+        shown = bindings[:limit]
+        return shown, _cursor(shown[-1].user_id) if len(bindings) > limit else None
+
+    def delete_user(self, tenant: str, user_id: str) -> None:
+        """Raises: NotFound."""
+        check_name("tenant", tenant)
+        self._catalog.delete_user(tenant, check_name("user_id", user_id))
+
+    # Upkeep.
+
+    def gc(self, grace_seconds: float) -> Collected:
+        """Frees what versions deleted at least `grace_seconds` ago held, blobs of that age that no version ever came
+        to need (a crash between rename and commit), and uploads of dead processes.
+
+        The grace must cover the longest time between looking an adapter up and having it loaded. Publishing waits.
+        """
+        uploads = self._blobs.sweep()
+        before = self._clock() - timedelta(seconds=grace_seconds)
+        blobs = size_bytes = 0
+        with self._blobs.collecting():
+            self._catalog.collect(before)
+            needed = self._catalog.needed()
+            for blob in self._blobs:
+                written = self._blobs.modified(blob)
+                if blob not in needed and written is not None and written <= before:
+                    size_bytes += self._blobs.size(blob) or 0
+                    self._blobs.delete(blob)
+                    blobs += 1
+        return Collected(blobs, size_bytes, uploads)
+
+    def verify(self) -> tuple[Damage, ...]:
+        """Reads every byte of every live version; what is missing or changed. Empty when all is well.
+
+        Uploading the same files again, under any name, repairs them.
+        """
+        damage = []
+        with self._blobs.publishing():  # nothing is collected while it is being read
+            for blob, keys in self._catalog.dependents().items():
+                names = tuple(f"{tenant} {name}@{version}" for tenant, name, version in keys)
+                if self._blobs.size(blob) is None:
+                    damage.append(Damage(blob, "missing", names))
+                elif not self._blobs.intact(blob):
+                    damage.append(Damage(blob, "changed", names))
+        return tuple(damage)
+
+    def _manifest(self, digest: Digest) -> dict[str, manifest.Entry]:
+        if self._blobs.size(digest) is None:
+            raise Corrupt(f"adapter {digest.short}: its manifest is missing")
+        with disk_errors():
+            return manifest.decode(self._blobs.path(digest).read_bytes(), digest)
+
+
+def _plain_json(details: Mapping[str, JSON]) -> dict[str, JSON]:
+    """A copy that is exactly what a later `get` will return. Raises: Invalid when it is not JSON (NaN is not)."""
+    try:
+        copy: dict[str, JSON] = json.loads(json.dumps(details, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Invalid("details", "must be JSON", f"{type(error).__name__}: {error}") from error
+    return copy
+
+
+def _page(limit: int) -> int:
+    if not 1 <= limit <= MAX_PAGE:
+        raise Invalid("limit", f"must be between 1 and {MAX_PAGE}", limit)
+    return limit
+
+
+def _cursor(position: str) -> str:
+    return base64.urlsafe_b64encode(position.encode()).decode()
+
+
+def _position(cursor: str) -> str:
+    """The inverse of `_cursor`. Raises: ValueError."""
+    if len(cursor) > 4 * MAX_NAME:
+        raise ValueError("too long")
+    position = base64.b64decode(cursor, altchars=b"-_", validate=True).decode()
+    if _cursor(position) != cursor:
+        raise ValueError("not canonical")
+    return position
+
+
+def _age_of(cursor: str) -> tuple[datetime, str]:
+    """Raises: Invalid."""
+    try:
+        moment, name = _position(cursor).split(" ")
+        return datetime.fromisoformat(moment).astimezone(UTC), check_name("adapter_id", name)
+    except (ValueError, OverflowError, Invalid):
+        raise Invalid("cursor", "must be one that a page of this listing gave", cursor) from None
+
+
+def _user_of(cursor: str) -> str:
+    """Raises: Invalid."""
+    try:
+        return check_name("user_id", _position(cursor))
+    except (ValueError, Invalid):
+        raise Invalid("cursor", "must be one that a page of this listing gave", cursor) from None

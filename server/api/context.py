@@ -1,0 +1,117 @@
+"""What every route needs, as one value, and whether the server takes work at all. No route, no wire format."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Annotated, Literal
+
+from fastapi import Depends, Request
+
+from adapters_store.digest import Digest
+from adapters_store.records import JSON
+from adapters_store.store import Store
+
+from ..engine.client import EngineClient
+from ..errors import UnavailableError
+from ..metrics import Metrics
+from ..model.text import Text
+
+Phase = Literal["loading", "ready", "draining", "stopped"]
+
+#: Checks an upload's files against the base. The result is stored with the adapter and must hold "method" (str) and
+#: "parts" (list of str); "virtual_tokens" (int) counts the positions it puts in front of a text.
+#: Raises: AdapterError naming the field or tensor at fault.
+Validate = Callable[[Mapping[str, Path], Digest], Mapping[str, JSON]]
+
+
+class Readiness:
+    """Which phase of its life the server is in; written by the lifespan, read by every request."""
+
+    def __init__(self, phase: Phase = "ready") -> None:
+        self.phase: Phase = phase
+        self.percent = 100.0 if phase == "ready" else 0.0
+
+    def loading(self, percent: float) -> None:
+        self.phase, self.percent = "loading", percent
+
+    def ready(self) -> None:
+        self.phase, self.percent = "ready", 100.0
+
+    def draining(self) -> None:
+        self.phase = "draining"
+
+    def stopped(self) -> None:
+        self.phase = "stopped"
+
+    def require(self) -> None:
+        """Raises: UnavailableError unless new work is welcome."""
+        if self.phase != "ready":
+            raise UnavailableError(f"the server is {self.phase}")
+
+
+class Names:
+    """Which names a digest was asked for by, for metrics: the engine knows digests only. Bounded; any thread."""
+
+    _DIGESTS = 4096
+
+    def __init__(self) -> None:
+        self._names: OrderedDict[Digest, str] = OrderedDict()
+        self._lock = Lock()
+
+    def note(self, digest: Digest, name: str) -> None:
+        with self._lock:
+            self._names[digest] = name
+            self._names.move_to_end(digest)
+            if len(self._names) > self._DIGESTS:
+                self._names.popitem(last=False)
+
+    def of(self, digests: Iterable[Digest]) -> list[str]:
+        with self._lock:
+            return sorted({self._names.get(digest, digest.short) for digest in digests})
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for; sizes in bytes."""
+
+    max_total_tokens: int
+    max_stop_sequences: int = 4
+    max_top_n: int = 20
+    max_request_bytes: int = 2 << 20
+    max_upload_bytes: int = 256 << 20
+
+
+@dataclass(frozen=True)
+class Services:
+    """Everything behind the routes. One per app."""
+
+    client: EngineClient
+    text: Text
+    store: Store
+    metrics: Metrics
+    limits: Limits
+    validate: Validate
+    model_name: str
+    default_tenant: str
+    info: Mapping[str, JSON]
+    readiness: Readiness = field(default_factory=Readiness)
+    names: Names = field(default_factory=Names)
+    started_at: int = field(default_factory=lambda: int(time.time()))  # unix time, for OpenAI's `created`
+
+
+def services_of(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+def require_ready(services: Annotated[Services, Depends(services_of)]) -> None:
+    """A dependency of every route that starts work."""
+    services.readiness.require()
+
+
+Context = Annotated[Services, Depends(services_of)]

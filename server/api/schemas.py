@@ -1,0 +1,253 @@
+"""The shapes of bodies on the wire, requests strict (true is no number, "5" is no 5), answers as clients parse them.
+
+Ranges are not here: rules.py words them as LoRAX does. Unknown fields are ignored, as LoRAX and TGI do.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class Strict(BaseModel):
+    """A request body. `null` counts as absent for a field that has a default other than null."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def _false_for_null(value: object) -> object:
+    return False if value is None else value
+
+
+def _empty_for_null(value: object) -> object:
+    return [] if value is None else value
+
+
+Flag = Annotated[bool, BeforeValidator(_false_for_null)]
+Strings = Annotated[list[str], BeforeValidator(_empty_for_null)]
+
+# -- LoRAX and TGI: requests -----------------------------------------------------------------------------------------
+
+
+class GenerateParameters(Strict):
+    adapter_id: str | None = Field(None, description="Name of an uploaded adapter; empty or null = the base model.")
+    compose: Flag = Field(False, description="With an adapter and a user who has one too: apply both.")
+    do_sample: Flag = Field(False, description="Sample; also implied by temperature, top_k, top_p and typical_p.")
+    max_new_tokens: int | None = Field(None, description="> 0; null = as many as the context has room for.")
+    temperature: float | None = Field(None, description=">= 0; 0 = greedy.")
+    top_k: int | None = Field(None, description="> 0")
+    top_p: float | None = Field(None, description="> 0 and <= 1")
+    typical_p: float | None = Field(None, description="> 0 and < 1")
+    repetition_penalty: float | None = Field(None, description="> 0; 1 = none")
+    frequency_penalty: float | None = Field(None, description="-2 to 2; 0 = none")
+    presence_penalty: float | None = Field(None, description="-2 to 2; 0 = none")
+    seed: int | None = Field(None, description="0 to 2^64 - 1; null = a random one")
+    stop: Strings = Field([], description="The generation ends with the first of these that appears.")
+    truncate: int | None = Field(None, description="Keep only the last n tokens of the inputs.")
+    ignore_eos_token: Flag = Field(False, description="Go on after the model's end-of-sequence token.")
+    return_full_text: Flag = Field(False, description="Put the inputs in front of `generated_text`.")
+    details: Flag = Field(False, description="Report tokens, log probabilities and why the generation ended.")
+    decoder_input_details: Flag = Field(False, description="Report the prompt's tokens too; not when streaming.")
+    return_k_alternatives: int | None = Field(None, description="Most likely tokens to report at each position.")
+    top_n_tokens: int | None = Field(None, description="TGI's name of `return_k_alternatives`.")
+    best_of: int | None = Field(None, description="Only 1.")
+    watermark: Flag = Field(False, description="Not supported.")
+    adapter_source: str | None = Field(None, description="Not supported: adapters come from this server's store.")
+    merged_adapters: dict[str, object] | None = Field(None, description="Not supported.")
+    response_format: dict[str, object] | None = Field(None, description="Not supported.")
+    grammar: dict[str, object] | None = Field(None, description="Not supported.")
+
+
+class GenerateRequest(Strict):
+    inputs: str
+    parameters: Annotated[
+        GenerateParameters, BeforeValidator(lambda value: GenerateParameters() if value is None else value)
+    ] = GenerateParameters()
+    adapter_id: str | None = Field(None, description="Same as `parameters.adapter_id`.")
+    user_id: str | None = Field(None, description="Goes through this user's adapter, if one is bound.")
+    stream: Flag = Field(False, description="Answer with server-sent events.")
+
+
+class TokenizeRequest(Strict):
+    inputs: str
+    add_special_tokens: bool | None = Field(None, description="null = true")
+
+
+# -- LoRAX and TGI: answers ------------------------------------------------------------------------------------------
+
+
+class PrefillToken(BaseModel):
+    id: int
+    text: str
+    logprob: float | None
+
+
+class AlternativeToken(BaseModel):
+    id: int
+    text: str
+    logprob: float
+
+
+class Token(BaseModel):
+    id: int
+    text: str
+    logprob: float
+    special: bool
+    alternative_tokens: list[AlternativeToken] | None = None
+
+
+class StreamDetails(BaseModel):
+    finish_reason: Literal["length", "eos_token", "stop_sequence"]
+    prompt_tokens: int
+    generated_tokens: int
+    seed: int | None
+
+
+class Details(StreamDetails):
+    prefill: list[PrefillToken]
+    tokens: list[Token]
+    top_tokens: list[list[AlternativeToken]] | None = None
+
+
+class GenerateResponse(BaseModel):
+    generated_text: str
+    details: Details | None = None
+
+
+class StreamResponse(BaseModel):
+    index: int
+    token: Token
+    top_tokens: list[AlternativeToken] | None = None
+    generated_text: str | None
+    details: StreamDetails | None
+
+
+class SimpleToken(BaseModel):
+    id: int
+    text: str
+    start: int
+    stop: int
+
+
+class ErrorResponse(BaseModel):
+    error: str
+    error_type: str
+
+
+# -- OpenAI: requests ------------------------------------------------------------------------------------------------
+
+
+class StreamOptions(Strict):
+    include_usage: Flag = False
+
+
+class OpenAIRequest(Strict):
+    """What completions and chat completions share, vLLM's and LoRAX's additions included."""
+
+    model: str = Field(description="The base model's name, or an adapter's.")
+    temperature: float | None = Field(None, description="null = 1; 0 = greedy.")
+    top_p: float | None = None
+    top_k: int | None = Field(None, description="-1, 0 or null = off.")
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    seed: int | None = None
+    n: int | None = Field(None, description="Choices per prompt.")
+    stop: str | list[str] | None = None
+    stream: Flag = False
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, description="Goes through this user's adapter, if one is bound.")
+    compose: Flag = Field(False, description="With an adapter and a user who has one too: apply both.")
+    ignore_eos: Flag = False
+    ignore_eos_token: Flag = False
+    logit_bias: dict[str, float] | None = Field(None, description="Not supported.")
+    response_format: dict[str, object] | None = Field(None, description='Only {"type": "text"}.')
+
+
+class CompletionRequest(OpenAIRequest):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = Field(None, description="null = 16, as OpenAI does.")
+    logprobs: int | None = Field(None, description="Alternatives to report per token.")
+    echo: Flag = Field(False, description="Put the prompt in front of the text.")
+    best_of: int | None = Field(None, description="Only 1 or `n`.")
+    suffix: str | None = Field(None, description="Not supported.")
+
+
+class ContentPart(Strict):
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(Strict):
+    role: str
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+
+
+class ChatRequest(OpenAIRequest):
+    messages: list[ChatMessage]
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: Flag = False
+    top_logprobs: int | None = None
+    tools: list[dict[str, object]] | None = Field(None, description="Not supported.")
+
+
+# -- adapters and users ----------------------------------------------------------------------------------------------
+
+
+class AdapterResponse(BaseModel):
+    """One version of one adapter."""
+
+    adapter_id: str
+    version: int
+    digest: str
+    method: str
+    parts: list[str]
+    size_bytes: int
+    created_at: datetime
+    state: str = Field(description="stored, loading, resident, or failed(reason)")
+    details: dict[str, object]
+
+
+class AdapterList(BaseModel):
+    adapters: list[AdapterResponse]
+    next_cursor: str | None = None
+
+
+class UserRequest(Strict):
+    adapter_id: str
+
+
+class UserResponse(BaseModel):
+    user_id: str
+    adapter_id: str
+    updated_at: datetime
+
+
+class UserList(BaseModel):
+    users: list[UserResponse]
+    next_cursor: str | None = None
+
+
+class Health(BaseModel):
+    status: str
+
+
+class Ready(BaseModel):
+    phase: Literal["loading", "ready", "draining", "stopped"]
+    percent: float
+
+
+class OpenAIError(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIErrorResponse(BaseModel):
+    error: OpenAIError

@@ -1,0 +1,368 @@
+"""The event loop's side of the engine: requests go in, each one's deltas come out, and nothing waits on a thread.
+
+Owns the fan-out of a step's events, stop sequences, time limits, cancellation and the metrics of a request. Never
+touches a tensor, the scheduler or HTTP.
+
+    engine thread                      event loop
+    step -> publish([event, ...]) ---> one call_soon_threadsafe -> request's queue -> Generation -> Delta, Delta, ...
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Protocol, Self
+
+from adapters_store.digest import Digest
+
+from ..errors import AdapterdError, GenerationError, UnavailableError
+from ..metrics import EngineStats, Metrics
+from ..model.text import Text, Transcript
+from ..requests import Event, FinishReason, Request, Token
+
+Publish = Callable[[list[Event]], None]
+
+
+class EngineLike(Protocol):
+    """What the API needs of an engine. Every method may be called from any thread.
+
+    The event that ends a request by length or EOS carries its last token, the EOS included.
+    """
+
+    def submit(self, request: Request) -> None:
+        """Accept at once. Raises: OverloadedError when the queue is full, UnavailableError when stopping."""
+
+    def cancel(self, request_id: str) -> None:
+        """End a request with one `Event(finish=CANCELLED)`. Unknown and finished ids are ignored."""
+
+    def warm(self, digests: tuple[Digest, ...]) -> Future[None]:
+        """Load adapters onto the device; the future fails with an AdapterdError."""
+
+    def unload(self, digest: Digest) -> bool:
+        """Drop an adapter from the device once nothing runs on it; false when it was not there."""
+
+    def residency(self, digest: Digest) -> tuple[str, str | None]:
+        """stored, loading, resident or failed, and why."""
+
+    def stats(self) -> EngineStats: ...
+
+
+class Mailbox:
+    """Where the engine leaves a step's events for the event loop: one wake-up per step, however many requests.
+
+    `publish` is given to the engine's constructor; `attach` is called once by the event loop that serves.
+    """
+
+    def __init__(self) -> None:
+        self._steps: deque[list[Event]] = deque()
+        self._lock = Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._deliver: Callable[[Event], None] | None = None
+
+    def publish(self, events: list[Event]) -> None:
+        """Engine's thread. Events published before a loop is attached are kept; after it closed, dropped."""
+        with self._lock:
+            self._steps.append(events)
+            loop = self._loop
+        if loop is not None:
+            self._wake(loop)
+
+    def attach(self, loop: asyncio.AbstractEventLoop, deliver: Callable[[Event], None]) -> None:
+        """`deliver` is called on `loop` for every event, in the order of publication."""
+        with self._lock:
+            self._loop, self._deliver = loop, deliver
+        self._wake(loop)
+
+    def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            loop.call_soon_threadsafe(self._drain)
+        except RuntimeError:  # the loop has closed: nobody is left to be told
+            self._steps.clear()
+
+    def _drain(self) -> None:
+        while self._steps and self._deliver is not None:
+            for event in self._steps.popleft():
+                self._deliver(event)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request, and what the API knows about it that the engine does not need."""
+
+    request: Request
+    stop: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()  # the names behind request.adapters, for metrics
+    started: float = 0.0  # time.monotonic() when the HTTP request came in
+
+
+@dataclass(frozen=True, slots=True)
+class TokenText:
+    """One generated token as clients see it. `text` is what it made final: empty in the middle of a character."""
+
+    id: int
+    text: str
+    logprob: float
+    special: bool
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(slots=True)
+class Summary:
+    """What is known of a generation; complete with the last delta. Times are seconds."""
+
+    prompt_tokens: int
+    seed: int | None
+    generated_tokens: int = 0
+    cached_tokens: int = 0
+    answer: str = ""  # with the stop sequence, without special tokens
+    prefill: tuple[Token, ...] = ()
+    validation: float = 0.0  # HTTP request in -> submitted
+    queue: float = 0.0  # submitted -> first step
+    first_token: float = 0.0  # submitted -> first token
+    total: float = 0.0  # HTTP request in -> last token
+
+    @property
+    def inference(self) -> float:
+        return max(0.0, self.total - self.validation - self.queue)
+
+    @property
+    def per_token(self) -> float:
+        return self.inference / max(1, self.generated_tokens)
+
+    @property
+    def per_output_token(self) -> float:
+        """Mean time between tokens after the first."""
+        decode = self.total - self.validation - self.first_token
+        return max(0.0, decode) / max(1, self.generated_tokens - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """One token's worth of progress. The last delta of a generation, and only it, has `finish`.
+
+    `text` is the answer's gain without special tokens and stop sequences; it lags behind `token.text` while a stop
+    sequence may be beginning.
+    """
+
+    token: TokenText
+    text: str
+    finish: FinishReason | None = None
+
+
+@dataclass(slots=True)
+class _Listener:
+    job: Job
+    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+    scheduled: bool = False  # whether the engine has begun it
+
+
+class EngineClient:
+    """The API's engine. Invariant: every generation ends once, in metrics and in the engine.
+
+    Usage:
+        async with client.generate(job) as generation:
+            async for delta in generation:
+                ...
+        generation.summary.answer
+    """
+
+    def __init__(self, engine: EngineLike, mailbox: Mailbox, text: Text, metrics: Metrics, *, request_timeout: float) -> None:
+        """`request_timeout` is in seconds, from the request's arrival to its last token."""
+        self.engine = engine
+        self.text = text
+        self.metrics = metrics
+        self._mailbox = mailbox
+        self._timeout = request_timeout
+        self._listeners: dict[str, _Listener] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def generate(self, job: Job) -> Generation:
+        """Submit at once. Raises: OverloadedError, UnavailableError."""
+        self._attach()
+        listener = self._listeners[job.request.id] = _Listener(job)
+        try:
+            self.engine.submit(job.request)
+        except AdapterdError as error:
+            del self._listeners[job.request.id]
+            self.metrics.finished(error.error_type)
+            raise
+        return Generation(self, job, listener.events, self._timeout)
+
+    async def warm(self, digests: Sequence[Digest]) -> None:
+        """Wait until the adapters are on the device. Raises: AdapterdError when one cannot be loaded."""
+        await asyncio.wrap_future(self.engine.warm(tuple(digests)))
+
+    def waiting_adapters(self) -> list[str]:
+        """Names of adapters that some request wants and that no step has used for it yet."""
+        names = (name for item in list(self._listeners.values()) if not item.scheduled for name in item.job.adapters)
+        return sorted(set(names))
+
+    def close(self, request_id: str, *, cancel: bool) -> None:
+        """Stop listening to a request; events that still come for it are dropped."""
+        known = self._listeners.pop(request_id, None)
+        if known is not None and cancel:
+            self.engine.cancel(request_id)
+
+    def _attach(self) -> None:
+        """Have events delivered to the running loop. The loop is known only once a request is served on it."""
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._loop = loop
+            self._mailbox.attach(loop, self._deliver)
+
+    def _deliver(self, event: Event) -> None:
+        listener = self._listeners.get(event.request_id)
+        if listener is not None:
+            listener.scheduled = True
+            listener.events.put_nowait(event)
+
+
+class Generation(AsyncIterator[Delta]):
+    """One running request. Ends once: by its last delta, by an error or by `aclose`, whichever comes first."""
+
+    def __init__(self, client: EngineClient, job: Job, events: asyncio.Queue[Event], timeout: float) -> None:
+        sampling = job.request.sampling
+        self.job = job
+        self.summary = Summary(len(job.request.prompt), sampling.seed if sampling.do_sample else None)
+        self.summary.validation = max(0.0, job.request.arrival - job.started)
+        self._client = client
+        self._events = events
+        self._timeout = timeout
+        self._transcript = Transcript(client.text, job.request.prompt, job.stop)
+        self._ready: deque[Delta] = deque()
+        self._last_token: float | None = None  # time.monotonic()
+        self._ended = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Cancel what is still running. Idempotent."""
+        self._end("cancelled", cancel=True)
+
+    async def __anext__(self) -> Delta:
+        """Raises: AdapterdError when the request fails; it is over then."""
+        while not self._ready:
+            if self._ended:
+                raise StopAsyncIteration
+            await self._receive()
+        return self._ready.popleft()
+
+    async def _receive(self) -> None:
+        """Take in one event of the engine."""
+        deadline = self.job.request.arrival + self._timeout - time.monotonic()
+        try:
+            async with asyncio.timeout(deadline):
+                event = await self._events.get()
+        except TimeoutError:
+            self._end("timeout", cancel=True)
+            raise GenerationError(f"the request took longer than {self._timeout:g} seconds") from None
+        except BaseException:
+            self._end("cancelled", cancel=True)
+            raise
+        self._note(event)
+        self._translate(event)
+
+    def _note(self, event: Event) -> None:
+        if event.queue_seconds is not None:
+            self.summary.queue = event.queue_seconds
+            self._client.metrics.queued(event.queue_seconds)
+        if event.prompt:
+            self.summary.prefill = event.prompt
+        self.summary.cached_tokens = max(self.summary.cached_tokens, event.cached_tokens)
+
+    def _translate(self, event: Event) -> None:
+        """Queue the deltas of one event and end the generation where it ends."""
+        if event.finish in (FinishReason.ERROR, FinishReason.CANCELLED):
+            error = event.error or UnavailableError("the server ended the request before it was complete")
+            self._end(error.error_type, cancel=False)
+            raise error
+        for index, token in enumerate(event.tokens):
+            last = event.finish is not None and index == len(event.tokens) - 1
+            finish = self._delta(token, event.finish if last else None)
+            if finish is not None:
+                self._end("success", cancel=event.finish is None)
+                return
+        if event.finish is not None:
+            self._end("error", cancel=False)
+            raise GenerationError("the generation ended without a last token")
+
+    def _delta(self, token: Token, finish: FinishReason | None) -> FinishReason | None:
+        """Queue one token; returns why the generation is over with it, if it is. A stop sequence beats the length."""
+        self._clock()
+        text = self._transcript.push(token.id, last=finish is not None)
+        finish = FinishReason.STOP if self._transcript.stopped else finish
+        shown = TokenText(
+            id=token.id,
+            text=text,
+            logprob=0.0 if token.logprob is None else token.logprob,
+            special=token.id in self._client.text.special_ids,
+            alternatives=token.alternatives,
+        )
+        self._ready.append(Delta(shown, self._transcript.take(last=finish is not None), finish))
+        return finish
+
+    def _clock(self) -> None:
+        now = time.monotonic()
+        if self._last_token is None:
+            self.summary.first_token = now - self.job.request.arrival
+            self._client.metrics.first_token(self.summary.first_token)
+        else:
+            self._client.metrics.next_token(now - self._last_token)
+        self._last_token = now
+        self.summary.generated_tokens += 1
+
+    def _end(self, outcome: str, *, cancel: bool) -> None:
+        """The one place where a generation ends; only the first call counts."""
+        if self._ended:
+            return
+        self._ended = True
+        self._client.close(self.job.request.id, cancel=cancel)
+        now, summary, metrics = time.monotonic(), self.summary, self._client.metrics
+        summary.answer = self._transcript.answer
+        summary.total = now - self.job.started
+        metrics.finished(outcome)
+        if outcome == "success":
+            metrics.request_seconds(now - self.job.request.arrival)
+        prompt = summary.prompt_tokens if summary.generated_tokens else 0
+        metrics.tokens(self.job.request.tenant, self.job.adapters, prompt, summary.generated_tokens)
+
+
+async def collect(generation: Generation) -> list[Delta]:
+    """Run a generation to its end; closes it, whatever happens."""
+    async with generation:
+        return [delta async for delta in generation]
+
+
+async def merge(generations: Iterable[Generation]) -> AsyncIterator[tuple[int, Delta]]:
+    """(index, delta) of several generations as they come. All are closed when one fails or the caller stops."""
+    running = list(generations)
+    turns: dict[asyncio.Task[Delta | None], int] = {}
+    try:
+        for index, generation in enumerate(running):
+            turns[asyncio.ensure_future(_next(generation))] = index
+        while turns:
+            done, _ = await asyncio.wait(turns, return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(done, key=turns.__getitem__):
+                index, delta = turns.pop(task), task.result()
+                if delta is not None:
+                    turns[asyncio.ensure_future(_next(running[index]))] = index
+                    yield index, delta
+    finally:
+        for task in turns:
+            task.cancel()
+        await asyncio.gather(*turns, return_exceptions=True)
+        for generation in running:
+            await generation.aclose()
+
+
+async def _next(generation: Generation) -> Delta | None:
+    return await anext(generation, None)

@@ -1,0 +1,332 @@
+"""Engine: the one thread that joins the scheduler to the runner. The only code that touches both halves.
+
+    submit, cancel, loaded adapters --inbox--> [ drain -> plan -> apply -> run -> advance ] --publish(events)-->
+
+Everything that crosses its border is plain data, so it can move to another process without a rewrite. Any number of
+threads may call the public methods; state is touched by the engine's own thread alone.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+
+from adapters_store.digest import Digest
+
+from ..errors import AdapterdError, GenerationError, OverloadedError, UnavailableError
+from ..methods.base import Adapter
+from ..model.runner import Runner
+from ..requests import Event, FinishReason, Request
+from .loading import HostCache, Load, Loading
+from .plan import Change, Evict, Plan, Put, Row, Sample, Sequence
+from .residency import AdapterFacts
+from .scheduler import Scheduler
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot, cheap enough for every scrape."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+    slots_used: int = 0
+    slots_total: int = 0
+    resident: tuple[Digest, ...] = ()
+    waiting_for: tuple[Digest, ...] = ()  # adapters that queued requests name
+    device_bytes: int = 0  # of adapter pools
+    host_cache_bytes: int = 0
+
+
+class StepObserver(Protocol):
+    """What the engine reports as it goes; called on its thread, so it must be cheap."""
+
+    def observe_step(self, *, rows: int, tokens: int, adapters: int, families: int, seconds: float) -> None: ...
+    def adapter_loaded(self, seconds: float, outcome: str) -> None: ...
+    def evicted(self, count: int = 1) -> None: ...
+    def preempted(self, count: int = 1) -> None: ...
+    def prefix_cache(self, queried: int, hit: int) -> None: ...
+
+
+class Engine:
+    """Requests in, events out. Invariant: a request that `submit` accepted ends in exactly one finishing event."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        load: Load,
+        observer: StepObserver,
+        publish: Callable[[list[Event]], None],
+        host_cache_bytes: int = 512 << 20,
+    ) -> None:
+        self._runner = runner
+        self._scheduler = scheduler
+        self._observer = observer
+        self._publish = publish
+        self._cache = HostCache(host_cache_bytes)
+        self._loading = Loading(load, self._cache, self._on_loaded)
+        self._ready: dict[Digest, Adapter] = {}  # loaded, on their way to a slot
+        self._families: dict[Digest, frozenset[str]] = {}  # of resident adapters
+        self._warm: dict[Digest, list[Future[None]]] = {}
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._closing = False
+        self._progress = False  # the last step did something, so the next may too
+        self._accepted = 0  # requests in the inbox that the scheduler has not seen yet
+        self._stats = EngineStats()
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self.beat = time.monotonic()  # when the loop last came round, for a watchdog
+
+    # -- any thread ----------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End every request with an error event, then the thread. Idempotent."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._loading.stop()
+
+    def submit(self, request: Request) -> None:
+        """Take a request. Raises: OverloadedError when the queue is full, UnavailableError when stopping."""
+        limits = self._scheduler.limits
+        with self._wake:
+            if self._closing:
+                raise UnavailableError("the server is shutting down")
+            if self._stats.waiting + self._stats.running + self._accepted >= limits.max_running + limits.max_waiting:
+                raise OverloadedError
+            self._accepted += 1
+        self._post(lambda: self._submit(request))
+
+    def cancel(self, request_id: str) -> None:
+        """The request ends with a CANCELLED event within one step, unless it has ended already."""
+        self._post(lambda: self._scheduler.cancel(request_id))
+
+    def warm(self, digest: Digest) -> Future[None]:
+        """Make an adapter resident. The future raises what went wrong."""
+        future: Future[None] = Future()
+        self._post(lambda: self._start_warming(digest, future))
+        return future
+
+    def unload(self, digest: Digest) -> Future[bool]:
+        """Drop an adapter from device and host memory; False when running requests still use it."""
+        future: Future[bool] = Future()
+        self._post(lambda: future.set_result(self._unload(digest)))
+        return future
+
+    def residency(self, digest: Digest) -> tuple[str, str | None]:
+        """(stored | loading | resident | failed, reason)."""
+        return self._scheduler.residency.state(digest)
+
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    def _post(self, work: Callable[[], None]) -> None:
+        with self._wake:
+            self._inbox.append(work)
+            self._wake.notify()
+
+    def _on_loaded(self, digest: Digest, result: Adapter | AdapterdError, seconds: float) -> None:
+        outcome = "failed" if isinstance(result, AdapterdError) else "loaded"
+        self._observer.adapter_loaded(seconds, outcome)
+        self._post(lambda: self._take_loaded(digest, result))
+
+    # -- the engine's thread: inbox ------------------------------------------------------------------------------
+
+    def _submit(self, request: Request) -> None:
+        self._accepted -= 1
+        try:
+            self._scheduler.submit(request)
+        except AdapterdError as error:
+            self._publish([Event(request.id, finish=FinishReason.ERROR, error=error)])
+
+    def _take_loaded(self, digest: Digest, result: Adapter | AdapterdError) -> None:
+        if isinstance(result, AdapterdError):
+            log.warning("adapter could not be loaded", digest=digest.short, error=str(result), exc_info=result.__cause__)
+            self._scheduler.residency.failed(digest, str(result))
+            self._scheduler.fail_adapter(digest, result)
+            for future in self._warm.pop(digest, []):
+                future.set_exception(result)
+            return
+        self._ready[digest] = result
+        prefix = result.prefix
+        embedded = prefix is not None and prefix.embeddings is not None
+        facts = AdapterFacts(result.pools, prefix.length if prefix else 0, embedded)
+        self._scheduler.residency.loaded(digest, facts)
+
+    def _start_warming(self, digest: Digest, future: Future[None]) -> None:
+        if self._scheduler.residency.is_resident(digest):
+            future.set_result(None)
+        else:
+            self._warm.setdefault(digest, []).append(future)
+            self._scheduler.warm(digest)
+
+    def _unload(self, digest: Digest) -> bool:
+        residency = self._scheduler.residency
+        self._cache.discard(digest)
+        slots = residency.unload(digest)
+        if slots is None:
+            return not residency.is_resident(digest)
+        self._scheduler.forget(digest)
+        self._runner.apply([Evict(digest, slots)], {})
+        self._families.pop(digest, None)
+        return True
+
+    # -- the engine's thread: steps ------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        while True:
+            self.beat = time.monotonic()
+            with self._wake:
+                self._wake.wait_for(lambda: self._inbox or self._closing or self._has_work(), timeout=1.0)
+                work, self._inbox = self._inbox, deque()
+                closing = self._closing
+            for job in work:
+                job()
+            if closing:
+                self._end_all()
+                return
+            try:
+                self._step()
+            except Exception as error:  # a defect here must cost the requests it met, never the engine
+                log.exception("the engine's step failed")
+                self._fail_running(GenerationError(f"the step failed ({type(error).__name__})"))
+
+    def _has_work(self) -> bool:
+        return self._progress or bool(self._scheduler.running)
+
+    def _step(self) -> None:
+        plan = self._scheduler.plan()
+        for digest in plan.loads:
+            self._loading.start(digest)
+        for change in plan.changes:
+            self._apply(change)
+        if len(self._ready) > len(self._scheduler.residency.loaded_only):
+            self._ready = {d: self._ready[d] for d in self._scheduler.residency.loaded_only}
+        rows = [row for row in plan.rows if row.sequence in self._scheduler.running]
+        if rows:
+            begun = time.monotonic()
+            self._run(rows)
+            self._observe(plan, time.monotonic() - begun)
+        self._progress = bool(rows or plan.changes)
+        self._snapshot()
+        events = self._scheduler.take_events()
+        if events:
+            self._publish(events)
+        if self._scheduler.idle:
+            self._check_leaks()
+
+    def _apply(self, change: Change) -> None:
+        try:
+            self._runner.apply([change], self._ready)
+        except Exception as error:
+            if not isinstance(change, Put):
+                raise
+            self._put_failed(change.digest, error)
+            return
+        if isinstance(change, Put):
+            adapter = self._ready.pop(change.digest)
+            self._families[change.digest] = frozenset(part.method for part in adapter.parts)
+            for future in self._warm.pop(change.digest, []):
+                future.set_result(None)
+        elif isinstance(change, Evict):
+            self._families.pop(change.digest, None)
+            self._observer.evicted()
+
+    def _put_failed(self, digest: Digest, error: Exception) -> None:
+        """The device would not take an adapter (out of memory, say): only those who asked for it fail."""
+        log.error("adapter could not be put on the device", digest=digest.short, exc_info=error)
+        failure = GenerationError(f"the adapter could not be put on the device ({type(error).__name__})")
+        self._ready.pop(digest, None)
+        for sequence in [s for s in self._scheduler.running if digest in s.adapters]:
+            self._scheduler.fail_sequence(sequence, failure)
+        self._scheduler.fail_adapter(digest, failure)
+        slots = self._scheduler.residency.unload(digest)
+        if slots is not None:
+            self._runner.apply([Evict(digest, slots)], {})
+        for future in self._warm.pop(digest, []):
+            future.set_exception(failure)
+
+    def _fail_running(self, error: AdapterdError) -> None:
+        for sequence in list(self._scheduler.running):
+            self._scheduler.fail_sequence(sequence, error)
+        self._publish(self._scheduler.take_events())
+
+    def _run(self, rows: list[Row]) -> None:
+        """One forward pass; if it raises, the batch is halved until the culprit is alone, and only that one fails."""
+        try:
+            samples: dict[Sequence, Sample] = self._runner.run(rows)
+        except Exception as error:
+            if len(rows) > 1:
+                half = len(rows) // 2
+                self._run(rows[:half])
+                self._run(rows[half:])
+                return
+            log.exception("a step failed", adapters=[d.short for d in rows[0].sequence.adapters])
+            failure = (
+                error if isinstance(error, AdapterdError) else GenerationError(f"the step failed ({type(error).__name__})")
+            )
+            self._scheduler.fail_sequence(rows[0].sequence, failure)
+            return
+        self._scheduler.advance(rows, samples)
+
+    def _observe(self, plan: Plan, seconds: float) -> None:
+        adapters = {digest for row in plan.rows for digest in row.sequence.adapters}
+        families = {family for digest in adapters for family in self._families.get(digest, ())}
+        self._observer.observe_step(
+            rows=len(plan.rows), tokens=plan.tokens, adapters=len(adapters), families=len(families), seconds=seconds
+        )
+        if plan.preempted:
+            self._observer.preempted(plan.preempted)
+        for row in plan.rows:
+            sequence = row.sequence
+            if sequence.request is not None and not sequence.started and row.samples:
+                self._observer.prefix_cache(sequence.prompt_end - sequence.virtual, sequence.cached)
+
+    def _snapshot(self) -> None:
+        scheduler, residency = self._scheduler, self._scheduler.residency
+        self._stats = EngineStats(
+            running=sum(1 for s in scheduler.running if s.request is not None),
+            waiting=len(scheduler.waiting),
+            kv_blocks_used=scheduler.pages.used,
+            kv_blocks_total=scheduler.pages.total,
+            slots_used=residency.used,
+            slots_total=residency.capacity,
+            resident=residency.resident,
+            waiting_for=tuple(dict.fromkeys(d for s in scheduler.waiting for d in s.adapters)),
+            device_bytes=self._runner.sites.nbytes,
+            host_cache_bytes=self._cache.nbytes,
+        )
+
+    def _check_leaks(self) -> None:
+        try:
+            self._scheduler.check_idle()
+        except RuntimeError:
+            log.exception("the engine is idle and something is still held")
+
+    def _end_all(self) -> None:
+        """The last act: nobody who was accepted is left without an answer."""
+        gone = UnavailableError("the server is shutting down")
+        for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
+            self._scheduler.fail_sequence(sequence, gone)
+        for future in [f for futures in self._warm.values() for f in futures]:
+            future.set_exception(gone)
+        events = self._scheduler.take_events()
+        if events:
+            self._publish(events)
+        self._snapshot()

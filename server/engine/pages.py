@@ -1,0 +1,122 @@
+"""Pages: who holds which block of the KV cache, and which full blocks may be reused as a prefix.
+
+Block ids only: the tensors live in the runner. Never imports torch, knows no requests and no adapters.
+
+    positions  0..15     16..31    32..47          block_size 16
+    blocks     [ 7 ]     [ 3 ]     [ 9 ]           a sequence's block table
+    keys       k0=h(seed,ids[0:16])  k1=h(k0,ids[16:32])   the third block is not full: no key, never shared
+
+A block is in exactly one state: free, held (by one or more holders), or idle (unheld, kept because its key may match).
+Block 0 is the null block: always zero, never given out, safe to read for padding.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+
+
+def chain_seed(*parts: str) -> bytes:
+    """The root of a block hash chain: tenant, adapter digests and base digest, never a name or client input."""
+    digest = blake2b(digest_size=16)
+    for part in parts:
+        raw = part.encode()
+        digest.update(len(raw).to_bytes(4, "little") + raw)
+    return digest.digest()
+
+
+def chain_key(previous: bytes, ids: Sequence[int]) -> bytes:
+    """The key of a full block: its own token ids and everything before it."""
+    return blake2b(array("q", ids).tobytes(), digest_size=16, key=previous).digest()
+
+
+class Pages:
+    """The block allocator. Invariant (`check`): free + idle + held = all blocks but the null block."""
+
+    def __init__(self, blocks: int, block_size: int) -> None:
+        """`blocks` counts the null block; `block_size` is in positions."""
+        if blocks < 2:
+            raise ValueError(f"a KV cache needs at least 2 blocks, got {blocks}")
+        self.block_size = block_size
+        self.total = blocks - 1
+        self._free = list(range(blocks - 1, 0, -1))
+        self._holders = [0] * blocks
+        self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._key_of: dict[int, bytes] = {}
+        self._by_key: dict[bytes, int] = {}
+
+    @property
+    def available(self) -> int:
+        """Blocks that `allocate` can give out now."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def used(self) -> int:
+        """Blocks held by sequences and prefixes; idle cached blocks do not count."""
+        return self.total - self.available
+
+    def blocks_for(self, positions: int) -> int:
+        return -(-positions // self.block_size)
+
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` blocks held once each, or None (and no change) when there are not that many."""
+        if count > self.available:
+            return None
+        blocks = [self._free.pop() if self._free else self._reclaim() for _ in range(count)]
+        for block in blocks:
+            self._holders[block] = 1
+        return blocks
+
+    def hold(self, block: int) -> None:
+        """One more holder of a block that is held or idle."""
+        self._idle.pop(block, None)
+        self._holders[block] += 1
+
+    def release(self, blocks: Iterable[int]) -> None:
+        """One holder fewer. Keyed blocks become idle, the last of the sequence first in line for reuse."""
+        for block in reversed(list(blocks)):
+            self._holders[block] -= 1
+            if self._holders[block]:
+                continue
+            if block in self._key_of:
+                self._idle[block] = None
+            else:
+                self._free.append(block)
+
+    def publish(self, block: int, key: bytes) -> None:
+        """Make a full, held block findable. An equal block that was published earlier stays the one found."""
+        if key not in self._by_key and block not in self._key_of:
+            self._by_key[key] = block
+            self._key_of[block] = key
+
+    def match(self, keys: Iterable[bytes]) -> list[int]:
+        """Hold and return the longest run of published blocks from the first key on."""
+        found: list[int] = []
+        for key in keys:
+            block = self._by_key.get(key)
+            if block is None:
+                break
+            self.hold(block)
+            found.append(block)
+        return found
+
+    def forget_idle(self) -> None:
+        """Drop every cached block nobody holds."""
+        while self._idle:
+            self._free.append(self._reclaim())
+
+    def check(self) -> None:
+        """Raises: RuntimeError when a block is lost or counted twice."""
+        held = {block for block, count in enumerate(self._holders) if count}
+        free, idle = set(self._free), set(self._idle)
+        if len(free) != len(self._free) or held & free or held & idle or free & idle:
+            raise RuntimeError("a KV block is in two states")
+        if len(held) + len(free) + len(idle) != self.total:
+            raise RuntimeError("a KV block is lost")
+
+    def _reclaim(self) -> int:
+        block, _ = self._idle.popitem(last=False)
+        del self._by_key[self._key_of.pop(block)]
+        return block

@@ -1,0 +1,123 @@
+"""Plan: one step of work as data, from the scheduler (which writes it) to the runner (which reads it).
+
+Plan(rows=[(seq3, start 41, count 1), (seq7, 0, 4), (seq5, 12, 1)])      decode, prefill, decode in one step
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from adapters_store.digest import Digest
+
+from ..requests import Request, Sampling, Token
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One row of the batch: its token ids, how far they are computed, and the blocks that hold their K/V.
+
+        ids   [-1 -1 -1 | 97 12 55 | 8 4]      virtual | prompt | generated
+        done         5 of 8 positions computed; a step moves `done` up, and samples when it reaches `len`
+
+    `request` is None for a soft prompt being run once: its blocks then become the adapter's shared prefix.
+    """
+
+    request: Request | None
+    adapters: tuple[Digest, ...]
+    seed: bytes  # root of its block hash chain
+    virtual: int  # positions in front of the text
+    ids: list[int]
+    prompt_end: int  # virtual + prompt length
+    done: int = 0
+    blocks: list[int] = field(default_factory=list)
+    slots: Mapping[str, int] = field(default_factory=dict)  # pool -> slot, while running
+    keys: list[bytes] = field(default_factory=list)  # hash chain of full blocks, computed on demand
+    published: int = 0  # leading blocks that are in the prefix cache
+    cached: int = 0  # positions found in the prefix cache at first admission
+    passed: int = 0  # admissions that overtook it while no adapter slot was free
+    scored: int = 0  # prompt tokens whose logprobs were reported, when asked for
+    admitted_at: float = 0.0  # time.monotonic() of the first admission; 0 before
+    started: bool = False  # its first token was sent
+
+    @property
+    def sampling(self) -> Sampling:
+        if self.request is None:
+            raise RuntimeError("a prefix being built has no sampling")
+        return self.request.sampling
+
+    @property
+    def generated(self) -> int:
+        return len(self.ids) - self.prompt_end
+
+    @property
+    def remaining(self) -> int:
+        """Positions still to compute before the next token can be sampled."""
+        return len(self.ids) - self.done
+
+
+@dataclass(frozen=True)
+class Row:
+    """`count` positions of one sequence, from `start` on."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether this row's last position is the sequence's last: its logits pick the next token."""
+        return self.sequence.request is not None and self.start + self.count == len(self.sequence.ids)
+
+
+@dataclass(frozen=True)
+class Evict:
+    digest: Digest
+    slots: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Put:
+    digest: Digest
+    slots: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Write an adapter's stored prefix K/V into its blocks."""
+
+    digest: Digest
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Copy one block: a shared prefix's last, partly filled block becomes a sequence's own."""
+
+    source: int
+    target: int
+
+
+Change = Evict | Put | Fill | Copy
+
+
+@dataclass
+class Plan:
+    """What the runner does in one step: the changes, in order, then one forward pass over the rows."""
+
+    rows: list[Row] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+    loads: list[Digest] = field(default_factory=list)  # adapters whose loading should start now
+    preempted: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(row.count for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the forward pass said about one row. `token` is None when its logits were not finite."""
+
+    token: Token | None
+    prompt: tuple[Token, ...] = ()  # scores of this chunk's prompt tokens, when asked for

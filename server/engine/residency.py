@@ -1,0 +1,179 @@
+"""Residency: which adapters are on the device, in which slot of which pool, and who still needs them.
+
+A pure state machine over digests; it moves no tensors and starts no loads (the engine does, as told here).
+
+              want()           loaded()          place()            evicted by place() / unload()
+    absent ----------> loading --------> loaded --------> resident --------------------------> absent
+       ^                  | failed()     in host memory   refs > 0: pinned by running sequences
+       +------------------+
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from adapters_store.digest import Digest
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an adapter went, and who had to leave for it."""
+
+    slots: Mapping[str, int]  # pool -> slot
+    evicted: tuple[tuple[Digest, Mapping[str, int]], ...]  # digest and the slots it had
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What scheduling needs to know of a loaded adapter."""
+
+    pools: tuple[str, ...] = ()
+    virtual: int = 0  # prefix positions
+    embedded: bool = False  # the prefix is embeddings, to be run once through the base
+
+
+@dataclass
+class _Resident:
+    facts: AdapterFacts
+    slots: dict[str, int]
+    refs: int = 0
+
+
+@dataclass
+class _SlotHeap:
+    """Slot numbers of one pool, lowest first, so that a pool grows only as far as it is used."""
+
+    next: int = 1  # slot 0 is the identity
+    freed: list[int] = field(default_factory=list)
+
+    def take(self) -> int:
+        if self.freed:
+            return heapq.heappop(self.freed)
+        self.next += 1
+        return self.next - 1
+
+    def give_back(self, slot: int) -> None:
+        heapq.heappush(self.freed, slot)
+
+
+class Residency:
+    """At most `capacity` adapters resident. Invariant: an adapter with refs > 0 is never evicted."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._resident: OrderedDict[Digest, _Resident] = OrderedDict()  # least recently used first
+        self._loading: set[Digest] = set()
+        self._loaded: dict[Digest, AdapterFacts] = {}  # in host memory, waiting for a slot
+        self._failed: OrderedDict[Digest, str] = OrderedDict()
+        self._pools: dict[str, _SlotHeap] = {}
+
+    @property
+    def used(self) -> int:
+        return len(self._resident)
+
+    @property
+    def resident(self) -> tuple[Digest, ...]:
+        return tuple(self._resident)
+
+    @property
+    def idle(self) -> bool:
+        """No adapter is pinned."""
+        return all(not r.refs for r in self._resident.values())
+
+    def state(self, digest: Digest) -> tuple[str, str | None]:
+        """(stored | loading | resident | failed, reason)."""
+        if digest in self._resident:
+            return "resident", None
+        if digest in self._loading or digest in self._loaded:
+            return "loading", None
+        reason = self._failed.get(digest)
+        return ("stored", None) if reason is None else ("failed", reason)
+
+    @property
+    def in_flight(self) -> int:
+        """Adapters on their way: loading, or loaded and waiting for a slot."""
+        return len(self._loading) + len(self._loaded)
+
+    @property
+    def loaded_only(self) -> tuple[Digest, ...]:
+        """Adapters in host memory that wait for a slot."""
+        return tuple(self._loaded)
+
+    def is_resident(self, digest: Digest) -> bool:
+        return digest in self._resident
+
+    def is_available(self, digest: Digest) -> bool:
+        """Resident, or loaded and only in want of a slot."""
+        return digest in self._resident or digest in self._loaded
+
+    def want(self, digest: Digest) -> bool:
+        """True when the caller should start a load; single-flight, so only the first call says so."""
+        if self.is_available(digest) or digest in self._loading:
+            return False
+        self._failed.pop(digest, None)
+        self._loading.add(digest)
+        return True
+
+    def loaded(self, digest: Digest, facts: AdapterFacts) -> None:
+        """The load ended well: the adapter is in host memory."""
+        self._loading.discard(digest)
+        self._loaded[digest] = facts
+
+    def forget(self, digest: Digest) -> None:
+        """Nobody wants a loaded adapter any more."""
+        self._loaded.pop(digest, None)
+
+    def failed(self, digest: Digest, reason: str) -> None:
+        """The load ended in an error; the next `want` tries again. The last 1,000 reasons are remembered."""
+        self._loading.discard(digest)
+        self._failed[digest] = reason
+        while len(self._failed) > 1000:
+            self._failed.popitem(last=False)
+
+    def place(self, digest: Digest, keep: Iterable[Digest] = ()) -> Placement | None:
+        """Give a loaded adapter its slots, evicting the least recently used one if need be.
+
+        None while every resident adapter is pinned or in `keep` (the other adapters of the same request).
+        """
+        evicted: list[tuple[Digest, Mapping[str, int]]] = []
+        if len(self._resident) >= self.capacity:
+            kept = set(keep)
+            victim = next((d for d, r in self._resident.items() if not r.refs and d not in kept), None)
+            if victim is None:
+                return None
+            evicted.append((victim, self._remove(victim)))
+        facts = self._loaded.pop(digest)
+        slots = {pool: self._pools.setdefault(pool, _SlotHeap()).take() for pool in facts.pools}
+        self._resident[digest] = _Resident(facts, slots)
+        return Placement(slots, tuple(evicted))
+
+    def facts(self, digest: Digest) -> AdapterFacts:
+        """Of a resident adapter."""
+        return self._resident[digest].facts
+
+    def acquire(self, digests: Iterable[Digest]) -> None:
+        """Pin resident adapters for one sequence."""
+        for digest in digests:
+            self._resident[digest].refs += 1
+            self._resident.move_to_end(digest)
+
+    def release(self, digests: Iterable[Digest]) -> None:
+        for digest in digests:
+            self._resident[digest].refs -= 1
+
+    def slots(self, digest: Digest) -> Mapping[str, int]:
+        return self._resident[digest].slots
+
+    def unload(self, digest: Digest) -> Mapping[str, int] | None:
+        """Drop an unpinned adapter; None when it is not resident or still in use."""
+        entry = self._resident.get(digest)
+        return None if entry is None or entry.refs else self._remove(digest)
+
+    def _remove(self, digest: Digest) -> Mapping[str, int]:
+        entry = self._resident.pop(digest)
+        for pool, slot in entry.slots.items():
+            self._pools[pool].give_back(slot)
+        return entry.slots

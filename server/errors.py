@@ -1,0 +1,102 @@
+"""Every error a client can see, as one tree; `server/api/app.py` turns it into an answer in one handler.
+
+AdapterdError 500 internal
+├── ValidationError 422 validation        a request's own fields ("Input validation error: ...")
+├── AdapterError 422 adapter              an uploaded adapter's field or tensor
+├── TooLargeError 413 too_large
+├── UnauthorizedError 401 unauthorized
+├── QuotaError 403 quota
+├── NotFoundError 404 not_found           missing or foreign: the same answer
+├── ConflictError 409 conflict
+├── OverloadedError 429 overloaded        carries Retry-After
+├── GenerationError 424 generation        a request that was accepted and then failed
+└── UnavailableError 503 unavailable      starting, draining or stopped
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class AdapterdError(Exception):
+    """Base of the tree. `str(error)` is safe to show to the client that caused it."""
+
+    status: ClassVar[int] = 500
+    error_type: ClassVar[str] = "internal"
+
+    @property
+    def code(self) -> str:
+        """OpenAI's `code` field."""
+        return self.error_type
+
+
+class MalformedError(AdapterdError):
+    status = 400
+    error_type = "validation"
+
+
+class ValidationError(AdapterdError):
+    """A field of a request is wrong. The message carries LoRAX's prefix."""
+
+    status = 422
+    error_type = "validation"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"Input validation error: {message}")
+
+
+class AdapterError(AdapterdError):
+    """An uploaded adapter cannot be served as it is; `field` is the config field, tensor or file at fault."""
+
+    status = 422
+    error_type = "adapter"
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+
+
+class TooLargeError(AdapterdError):
+    status = 413
+    error_type = "too_large"
+
+
+class UnauthorizedError(AdapterdError):
+    status = 401
+    error_type = "unauthorized"
+
+
+class QuotaError(AdapterdError):
+    status = 403
+    error_type = "quota"
+
+
+class NotFoundError(AdapterdError):
+    status = 404
+    error_type = "not_found"
+
+
+class ConflictError(AdapterdError):
+    status = 409
+    error_type = "conflict"
+
+
+class OverloadedError(AdapterdError):
+    """Too much at once; `retry_after` is in seconds."""
+
+    status = 429
+    error_type = "overloaded"
+
+    def __init__(self, message: str = "Model is overloaded", retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class GenerationError(AdapterdError):
+    status = 424
+    error_type = "generation"
+
+
+class UnavailableError(AdapterdError):
+    status = 503
+    error_type = "unavailable"

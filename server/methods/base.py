@@ -1,0 +1,269 @@
+"""The one abstraction every PEFT family is written against: `Method` reads, `Part` is what it read, `Op` applies it.
+
+Owns the data shapes shared by all families. Knows no family by name, no model, no scheduler.
+
+    upload --checkpoints--> Checkpoint --Method.read--> Part --Sites.put--> Op.put(slot) ... Op.after(x, y, rows)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from adapters_store.digest import Digest
+
+from ..errors import AdapterError
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ModuleShape:
+    """One module of the base, as an adapter sees it. `conv1d` is GPT-2's Linear with a transposed weight."""
+
+    kind: Literal["linear", "conv1d", "embedding", "norm"]
+    in_features: int
+    out_features: int
+    bias: Tensor | None = None  # [out] fp32, None where the base has none
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """Where one attention or feed-forward sublayer of one layer starts and ends (module names in the HF model).
+
+        residual --> entry (norm) --> projections ... exit (o_proj / down_proj) --> + residual
+
+    `residual` names a module whose *input* is the sublayer's residual, `inlet` one whose input is the
+    sublayer's own input (after the norm), `exit` the module whose output is the sublayer's output.
+    """
+
+    layer: int
+    kind: Literal["attention", "feed_forward"]
+    residual: str
+    inlet: str
+    exit: str
+
+
+@dataclass(frozen=True)
+class BaseShape:
+    """What an adapter must fit: names and sizes of the base, and its few small tensors (biases). No weights."""
+
+    digest: Digest  # of the base's weights; part of every KV cache key
+    model_type: str  # Hugging Face's, e.g. "llama"
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    modules: Mapping[str, ModuleShape]  # every Linear, Conv1D, Embedding and norm, by its dotted name
+    sublayers: tuple[Sublayer, ...] = ()  # empty where the architecture's layout is not known
+    tied_embeddings: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Upload limits that a method enforces while reading."""
+
+    max_rank: int = 256
+    max_virtual_tokens: int = 512
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An upload in neutral names, whichever library wrote it (`server/checkpoints/` makes these).
+
+    `config` holds the method's own fields, each already checked for type; `sites` maps a module name of the base to the
+    tensors stored for it ({"A": [r, in], "B": [out, r]} for LoRA; every method's module documents its own); `loose`
+    holds tensors that belong to no module (soft prompts). All tensors are finite, fp32/fp16/bf16, on the CPU.
+    """
+
+    method: str
+    config: Mapping[str, object]
+    sites: Mapping[str, Tensors] = field(default_factory=dict)
+    loose: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Positions in front of the text: ready K/V per layer, or embeddings still to be run once through the base.
+
+    Exactly one of (`keys` and `values`) and `embeddings` is set.
+    """
+
+    length: int  # N, positions
+    keys: Tensor | None = None  # [layers, N, kv_heads, head_dim], used as stored: no RoPE is applied
+    values: Tensor | None = None  # [layers, N, kv_heads, head_dim]
+    embeddings: Tensor | None = None  # [N, hidden]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.keys, self.values, self.embeddings) if t is not None)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one adapter contributes through one family. CPU tensors, scale already folded in.
+
+    `pool` names the device pool that holds it ("lora:16", "ia3", "bottleneck:64:relu"): parts of one pool have equal
+    shapes at a site. A part without sites (a prefix) needs no pool and has `pool=None`.
+    """
+
+    method: str
+    pool: str | None = None
+    sites: Mapping[str, Tensors] = field(default_factory=dict)
+    prefix: Prefix | None = None
+
+    @property
+    def nbytes(self) -> int:
+        own = sum(t.nbytes for tensors in self.sites.values() for t in tensors.values())
+        return own + (self.prefix.nbytes if self.prefix else 0)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A bundle of parts under one content digest: all that the engine needs to serve it."""
+
+    digest: Digest
+    parts: tuple[Part, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def pools(self) -> tuple[str, ...]:
+        return tuple(part.pool for part in self.parts if part.pool is not None)
+
+    @property
+    def prefix(self) -> Prefix | None:
+        return next((part.prefix for part in self.parts if part.prefix is not None), None)
+
+
+@dataclass
+class Rows:
+    """Which tokens of a step go through one pool, and through which slot. Written by the runner, read by ops.
+
+        tokens of the step   0 1 2 3 4 5 6         index = [2 3 4 6]    rows of this pool, ordered by slot
+        slot in this pool    - - 4 4 4 - 7         slot  = [4 4 4 7]    groups = ((4, 0, 3), (7, 3, 4))
+
+    `span` is set when `index` is one run of consecutive tokens, so that a slice does for a gather. `scratch` is a
+    cache an op may fill; it lives as long as the batch keeps this composition.
+    """
+
+    index: Tensor  # [n] int64, token positions in the step
+    slot: Tensor  # [n] int64, sorted
+    groups: tuple[tuple[int, int, int], ...]  # (slot, start, stop) runs over index
+    span: slice | None
+    taps: Mapping[str, Tensor]  # module name -> that module's input in this step, [T, in]; see Op.taps
+    scratch: dict[object, object] = field(default_factory=dict)
+
+    def take(self, x: Tensor) -> Tensor:
+        """The pool's rows of `x` [T, d]: [n, d], a view where the rows are consecutive."""
+        return x[self.span] if self.span is not None else x[self.index]
+
+    def store(self, y: Tensor, rows: Tensor) -> Tensor:
+        """Write `rows` [n, d] over the pool's rows of `y` [T, d] in place."""
+        if self.span is not None:
+            y[self.span] = rows
+        else:
+            y[self.index] = rows
+        return y
+
+
+class Op(ABC):
+    """One family's device pool at one module: `capacity` slots, of which slot 0 is the identity and never given out.
+
+    `before`/`after` may change only the rows named by `rows`; `after` may work in place on `y` (the module's fresh
+    output), `before` must not touch `x` (other modules read it too).
+    """
+
+    #: Order at one module, ascending; ties are not allowed. LoRA 10, bias 20, IA3 30, bottleneck 40.
+    order: ClassVar[int]
+
+    @abstractmethod
+    def grow(self, capacity: int) -> None:
+        """Make room for slots 1..capacity-1, keeping what is there."""
+
+    @abstractmethod
+    def put(self, slot: int, tensors: Tensors) -> None:
+        """Write one adapter's tensors into `slot`."""
+
+    @abstractmethod
+    def clear(self, slot: int) -> None:
+        """Make `slot` the identity again."""
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes of the pool."""
+        return 0
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """Names of other modules whose input this op reads from `rows.taps`; they run earlier in the same layer."""
+        return ()
+
+    @property
+    def acts_before(self) -> bool:
+        """Whether `before` does anything; a module gets a pre-hook only then."""
+        return False
+
+    def before(self, x: Tensor, rows: Rows) -> Tensor:
+        """x [T, in] -> [T, in]."""
+        return x
+
+    def after(self, x: Tensor, y: Tensor, rows: Rows) -> Tensor:
+        """x [T, in], y [T, out] -> [T, out]."""
+        return y
+
+
+class Method(ABC):
+    """One PEFT family. Stateless; one instance per family in `METHODS`."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def read(self, checkpoint: Checkpoint, base: BaseShape, limits: Limits) -> Part:
+        """Check a checkpoint against the base and fold it into a part. Pure, host side.
+
+        Raises: AdapterError naming the field or tensor at fault.
+        """
+
+    def op(self, part: Part, module: str, base: BaseShape, device: torch.device, dtype: torch.dtype) -> Op:
+        """A new, empty pool of this family at `module`, shaped for `part` and for every part of the same pool name."""
+        raise NotImplementedError(f"{self.name} has no sites")
+
+
+def module_shape(base: BaseShape, module: str, tensor: str) -> ModuleShape:
+    """The base's module of that name. Raises: AdapterError naming the tensor when the base has none."""
+    shape = base.modules.get(module)
+    if shape is None:
+        raise AdapterError(tensor, f"the base model ({base.model_type}) has no module {module!r}")
+    return shape
+
+
+def check_shape(tensor: str, got: Tensor, want: tuple[int, ...]) -> None:
+    """Raises: AdapterError naming the tensor, the shape the base needs and the shape it has."""
+    if tuple(got.shape) != want:
+        raise AdapterError(tensor, f"has shape {list(got.shape)}, the base model needs {list(want)}")
+
+
+def site_shape(base: BaseShape, module: str, tensor: str, kinds: tuple[str, ...]) -> ModuleShape:
+    """The module an op may be attached to: one of `kinds` that sees every token of the step as [T, features].
+
+    Raises: AdapterError naming the tensor for embeddings, the output head (it sees kept rows only) and per-head norms.
+    """
+    shape = module_shape(base, module, tensor)
+    if shape.kind not in kinds:
+        raise AdapterError(tensor, f"{module!r} is a module of kind {shape.kind}; supported: {', '.join(kinds)}")
+    if "." not in module:
+        raise AdapterError(tensor, f"adapting the output head {module!r} is not supported")
+    if shape.kind == "norm" and shape.out_features != base.hidden_size:
+        raise AdapterError(tensor, f"{module!r} normalises heads, not hidden states; adapting it is not supported")
+    return shape

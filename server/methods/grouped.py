@@ -1,0 +1,95 @@
+"""Row arithmetic shared by the ops: slot pools, the rows of one slot, and the plain loop faster paths must equal.
+
+Owns device tensors with a leading slot axis. Knows no family's files, no model and no scheduler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from .base import Rows
+
+
+class Pool:
+    """One tensor per slot, [slots, *shape]. Invariant: slot 0 and every slot not in use hold `identity`."""
+
+    def __init__(self, shape: Sequence[int], identity: float, device: torch.device, dtype: torch.dtype) -> None:
+        self.identity = identity
+        self.tensor = torch.empty((0, *shape), device=device, dtype=dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
+    def grow(self, capacity: int) -> None:
+        """At least doubles once in use, so that a pool that grows slot by slot copies each slot O(1) times."""
+        held = len(self.tensor)
+        if capacity <= held:
+            return
+        grown = self.tensor.new_full((max(capacity, 2 * held), *self.tensor.shape[1:]), self.identity)
+        grown[:held] = self.tensor
+        self.tensor = grown
+
+    def clear(self, slot: int) -> None:
+        self.tensor[slot] = self.identity
+
+
+def per_row(pool: Tensor, rows: Rows, key: object) -> Tensor:
+    """Each row's own vector of `pool` [slots, d]: a [1, d] view for one slot, else [n, d] kept with the composition."""
+    if len(rows.groups) == 1:
+        slot = rows.groups[0][0]
+        return pool[slot : slot + 1]
+    gathered = rows.scratch.get(key)
+    if gathered is None:
+        gathered = rows.scratch[key] = pool[rows.slot]
+    return cast("Tensor", gathered)
+
+
+def each_group(rows: Rows) -> Iterator[tuple[int, slice | Tensor]]:
+    """(slot, the step's tokens that belong to it), a slice wherever the pool's rows are consecutive."""
+    for slot, start, stop in rows.groups:
+        yield slot, tokens(rows, start, stop)
+
+
+def tokens(rows: Rows, start: int, stop: int) -> slice | Tensor:
+    """Positions start..stop of the pool's rows as tokens of the step."""
+    if rows.span is not None:
+        return slice(rows.span.start + start, rows.span.start + stop)
+    return rows.index[start:stop]
+
+
+def lora_loop(x: Tensor, y: Tensor, a: Tensor, b: Tensor, rows: Rows) -> None:
+    """The oracle of every LoRA path: one adapter at a time, in place.
+
+    Semantics: y[t] += B[s] @ (A[s] @ x[t]) for each row t of the pool, s its slot.
+    x [T, in], y [T, out], a [slots, r, in], b [slots, out, r].
+    """
+    for slot, where in each_group(rows):
+        y[where] += x[where] @ a[slot].T @ b[slot].T
+
+
+def rows_of(slots: Sequence[int], device: torch.device | None = None) -> Rows:
+    """The rows of a pool for a step whose token t goes through `slots[t]` (0 = not in this pool).
+
+    slots = [0, 0, 4, 4, 4, 0, 7]  ->  index [2 3 4 6]  slot [4 4 4 7]  groups ((4, 0, 3), (7, 3, 4))
+    """
+    order = sorted((slot, token) for token, slot in enumerate(slots) if slot)
+    index = [token for _, token in order]
+    consecutive = bool(index) and index == list(range(index[0], index[0] + len(index)))
+    return Rows(
+        index=torch.tensor(index, dtype=torch.int64, device=device),
+        slot=torch.tensor([slot for slot, _ in order], dtype=torch.int64, device=device),
+        groups=_runs([slot for slot, _ in order]),
+        span=slice(index[0], index[0] + len(index)) if consecutive else None,
+        taps={},
+    )
+
+
+def _runs(slots: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
+    starts = [i for i, slot in enumerate(slots) if i == 0 or slot != slots[i - 1]]
+    return tuple((slots[i], i, j) for i, j in pairwise([*starts, len(slots)]))

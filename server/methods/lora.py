@@ -1,0 +1,216 @@
+"""LoRA (Hu et al., 2021), any rank per adapter and module, rsLoRA, LoRA biases: y + B A x (+ d) on the named rows.
+
+Owns the neutral form both checkpoint dialects write, the "lora:<bucket>" pools and their arithmetic.
+Never reads files and never decides which rows it runs on.
+
+    Checkpoint.sites[module] = {"A": [r, in], "B": [out, r]}, optionally "bias" [out] (scaled like B)
+    Checkpoint.config = {"scale": {module: float}}            alpha / r, or alpha / sqrt(r) for rsLoRA
+    Part.sites[module]: the same names with the scale folded into "B" and "bias"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from ..errors import AdapterError
+from .base import (
+    BaseShape,
+    Checkpoint,
+    Limits,
+    Method,
+    Op,
+    Part,
+    Rows,
+    Tensors,
+    check_shape,
+    site_shape,
+)
+from .grouped import Pool, per_row, tokens
+
+#: kernel(x, y, A, B, rows): adds B[slot] A[slot] x to the pool's rows of y [T, out], in place.
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Rows], None]
+
+SMALLEST_BUCKET = 8
+#: A group of at least this many rows gets two GEMMs of its own; shorter ones share a batched product.
+LONG_GROUP = 4
+
+
+def bucket_of(rank: int) -> int:
+    """The pool's rank: the next power of two, so that a handful of pools hold every rank."""
+    return max(SMALLEST_BUCKET, 1 << (rank - 1).bit_length())
+
+
+class Lora(Method):
+    """LoRA on Linear and Conv1D modules; `kernel` replaces the torch arithmetic where one is given."""
+
+    name: ClassVar[str] = "lora"
+
+    def __init__(self, kernel: Kernel | None = None) -> None:
+        self.kernel = kernel
+
+    def read(self, checkpoint: Checkpoint, base: BaseShape, limits: Limits) -> Part:
+        scales = checkpoint.config.get("scale")
+        if not isinstance(scales, Mapping) or not checkpoint.sites:
+            raise AdapterError("lora", "the upload holds no LoRA tensors")
+        sites = {
+            module: _read_site(module, tensors, float(scales[module]), base, limits)
+            for module, tensors in checkpoint.sites.items()
+        }
+        rank = max(tensors["A"].shape[0] for tensors in sites.values())
+        return Part(self.name, pool=f"lora:{bucket_of(rank)}", sites=sites)
+
+    def op(self, part: Part, module: str, base: BaseShape, device: torch.device, dtype: torch.dtype) -> Op:
+        shape = base.modules[module]
+        rank = int(str(part.pool).partition(":")[2])
+        return LoraOp(rank, shape.in_features, shape.out_features, device, dtype, self.kernel)
+
+
+def _read_site(module: str, tensors: Tensors, scale: float, base: BaseShape, limits: Limits) -> dict[str, Tensor]:
+    a, b = (_matrix(module, side, tensors) for side in ("A", "B"))
+    shape = site_shape(base, module, f"{module}.lora_A", ("linear", "conv1d"))
+    rank = a.shape[0]
+    if rank > limits.max_rank:
+        raise AdapterError(f"{module}.lora_A", f"rank {rank} is over this server's limit of {limits.max_rank}")
+    check_shape(f"{module}.lora_A", a, (rank, shape.in_features))
+    check_shape(f"{module}.lora_B", b, (shape.out_features, rank))
+    site = {"A": a, "B": _scaled(f"{module}.lora_B", b, scale)}
+    if "bias" in tensors:
+        check_shape(f"{module}.lora_B.bias", tensors["bias"], (shape.out_features,))
+        site["bias"] = _scaled(f"{module}.lora_B.bias", tensors["bias"], scale)
+    return site
+
+
+def _matrix(module: str, side: str, tensors: Tensors) -> Tensor:
+    name = f"{module}.lora_{side}"
+    if side not in tensors:
+        other = "B" if side == "A" else "A"
+        raise AdapterError(name, f"is missing although lora_{other} is there")
+    if tensors[side].ndim != 2:
+        raise AdapterError(name, f"has {tensors[side].ndim} dimensions, LoRA needs 2")
+    return tensors[side]
+
+
+def _scaled(name: str, tensor: Tensor, scale: float) -> Tensor:
+    """In fp32: a bf16 product would round what PEFT computes in fp32."""
+    scaled = tensor.float() * scale
+    if not bool(torch.isfinite(scaled).all()):
+        raise AdapterError(name, f"overflows when multiplied by the LoRA scale {scale:g}")
+    return scaled
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A composition's groups by the arithmetic that suits them."""
+
+    long: tuple[tuple[int, slice | Tensor], ...]  # (slot, its tokens): two GEMMs each
+    short: slice | Tensor | None  # tokens of all short groups together
+    slots: slice | Tensor  # [m] slot of each of those tokens; a slice where they are consecutive: no copy then
+
+
+def _split(rows: Rows) -> _Split:
+    kept = rows.scratch.get("lora")
+    if kept is None:
+        kept = rows.scratch["lora"] = _divide(rows)
+    return cast("_Split", kept)
+
+
+def _divide(rows: Rows) -> _Split:
+    """groups (4, 0, 3) (7, 3, 4) (8, 4, 5)  ->  none long; tokens 0..5 short, slots [4 4 4 7 8]"""
+    long = tuple((s, tokens(rows, i, j)) for s, i, j in rows.groups if j - i >= LONG_GROUP)
+    short = [(s, at) for s, i, j in rows.groups if j - i < LONG_GROUP for at in range(i, j)]
+    if not short:
+        return _Split(long, None, slice(0, 0))
+    slots, at = [s for s, _ in short], [at for _, at in short]
+    first, last = at[0], at[-1] + 1
+    where = tokens(rows, first, last) if last - first == len(at) else rows.index[rows.index.new_tensor(at)]
+    consecutive = slots == list(range(slots[0], slots[0] + len(slots)))
+    return _Split(long, where, slice(slots[0], slots[-1] + 1) if consecutive else rows.slot.new_tensor(slots))
+
+
+class LoraOp(Op):
+    """Semantics: y[t] += B[s] @ (A[s] @ x[t]) + d[s] for each row t of the pool, s its slot.
+
+    A [slots, r, in], B [slots, out, r], zero padded from the adapter's rank to r; d [slots, out] once a LoRA bias came.
+
+    Prefill rows come in long runs of one slot and decode rows one per slot, so a step's groups are split: a long one
+    runs two GEMMs on its own rows, the short ones share two batched products over weights gathered once per
+    composition.
+    """
+
+    order: ClassVar[int] = 10
+
+    def __init__(
+        self,
+        rank: int,
+        in_features: int,
+        out_features: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        kernel: Kernel | None = None,
+    ) -> None:
+        self.a = Pool((rank, in_features), 0.0, device, dtype)
+        self.b = Pool((out_features, rank), 0.0, device, dtype)
+        self.bias: Pool | None = None
+        self.kernel = kernel
+
+    @property
+    def nbytes(self) -> int:
+        return self.a.nbytes + self.b.nbytes + (self.bias.nbytes if self.bias else 0)
+
+    def grow(self, capacity: int) -> None:
+        for pool in self._pools():
+            pool.grow(capacity)
+
+    def put(self, slot: int, tensors: Tensors) -> None:
+        self.clear(slot)
+        rank = tensors["A"].shape[0]
+        self.a.tensor[slot, :rank] = tensors["A"]
+        self.b.tensor[slot, :, :rank] = tensors["B"]
+        if "bias" in tensors:
+            self._bias_pool().tensor[slot] = tensors["bias"]
+
+    def clear(self, slot: int) -> None:
+        for pool in self._pools():
+            pool.clear(slot)
+
+    def after(self, x: Tensor, y: Tensor, rows: Rows) -> Tensor:
+        if self.kernel is not None:
+            self.kernel(x, y, self.a.tensor, self.b.tensor, rows)
+        else:
+            self._torch(x, y, rows)
+        if self.bias is not None:
+            rows.store(y, rows.take(y) + per_row(self.bias.tensor, rows, (self, "bias")))
+        return y
+
+    def _pools(self) -> list[Pool]:
+        return [self.a, self.b] + ([self.bias] if self.bias else [])
+
+    def _bias_pool(self) -> Pool:
+        if self.bias is None:
+            b = self.b.tensor
+            self.bias = Pool((b.shape[1],), 0.0, b.device, b.dtype)
+            self.bias.grow(len(b))
+        return self.bias
+
+    def _torch(self, x: Tensor, y: Tensor, rows: Rows) -> None:
+        split = _split(rows)
+        for slot, where in split.long:
+            a, b = self.a.tensor[slot].to(x.dtype), self.b.tensor[slot].to(x.dtype)
+            y[where] = torch.addmm(y[where], x[where] @ a.T, b.T)
+        if split.short is not None:
+            a, b = self._gathered(split.slots, rows, x.dtype)
+            hidden = torch.bmm(a, x[split.short].unsqueeze(-1))  # [m, r, 1]
+            y[split.short] = torch.baddbmm(y[split.short].unsqueeze(-1), b, hidden).squeeze(-1)
+
+    def _gathered(self, slots: slice | Tensor, rows: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A [m, r, in] and B [m, out, r] of the short rows: the pool itself, or a copy kept with the composition."""
+        kept = rows.scratch.get(self)
+        if kept is None:
+            kept = self.a.tensor[slots].to(dtype), self.b.tensor[slots].to(dtype)
+            rows.scratch[self] = kept
+        return cast("tuple[Tensor, Tensor]", kept)

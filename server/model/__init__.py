@@ -1,0 +1,1 @@
+"""Everything that touches tensors of the base: loading, attention, sites, sampling and the step itself."""

@@ -1,0 +1,225 @@
+"""Attention over the paged KV cache, behind transformers' public attention interface.
+
+Owns the cache tensors and the guard that refuses a model whose attention is not understood. Knows no requests: what to
+read and write comes from `Step`.
+
+    layer's cache   keys, values  [blocks, block_size, kv_heads, head_dim]
+    step.write      where this step's K/V go;  step.tables  where each row's context lies
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..errors import AdapterdError
+from .step import Step
+
+NAME = "adapterd"
+_SLOT = "_adapterd_attention"  # attribute of an attention module that holds its LayerAttention
+
+#: Keyword arguments of transformers' attention calls that change nothing here: masks and positions come from the step.
+_IGNORED = frozenset(
+    {
+        "attention_mask",
+        "cache_position",
+        "cu_seq_lens_k",
+        "cu_seq_lens_q",
+        "dropout",
+        "head_mask",
+        "is_causal",
+        "layer_type",
+        "logits_to_keep",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "past_key_value",
+        "past_key_values",
+        "position_bias",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "return_tensors",
+        "scaling",
+        "use_cache",
+    }
+)
+
+
+class UnsupportedModelError(AdapterdError):
+    """The base model cannot be served correctly; the message says what it needs."""
+
+
+class PagedAttention(Protocol):
+    """A kernel for a whole step: q [T, Hq, D] against the caches -> [T, Hq, D]."""
+
+    def __call__(
+        self, q: Tensor, keys: Tensor, values: Tensor, step: Step, scale: float, window: int, softcap: float
+    ) -> Tensor: ...
+
+
+@dataclass
+class LayerAttention:
+    """One layer's cache and how to attend over it. Invariant: block 0 stays zero."""
+
+    keys: Tensor  # [blocks, block_size, kv_heads, head_dim]
+    values: Tensor
+    step: Step
+    kernel: PagedAttention
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int = 0, softcap: float = 0.0) -> Tensor:
+        """q [1, Hq, T, D], k and v [1, Hkv, T, D] (keys after RoPE) -> [1, T, Hq, D]."""
+        flat = (-1, *self.keys.shape[2:])
+        self.keys.view(flat).index_copy_(0, self.step.write, k[0].transpose(0, 1).to(self.keys.dtype))
+        self.values.view(flat).index_copy_(0, self.step.write, v[0].transpose(0, 1).to(self.values.dtype))
+        return self.kernel(q[0].transpose(0, 1), self.keys, self.values, self.step, scale, window, softcap)[None]
+
+
+def torch_attention(q: Tensor, keys: Tensor, values: Tensor, step: Step, scale: float, window: int, softcap: float) -> Tensor:
+    """The pure-torch kernel: one batched product for the rows that decode, one product per row that prefills."""
+    out = torch.empty_like(q)
+    if step.decodes:
+        n = step.decodes
+        out[:n] = _decode(q[:n], keys, values, step.tables[:n], step.contexts[:n], scale, window, softcap)
+    for row in range(step.decodes, len(step.spans)):
+        start, stop, context = step.spans[row]
+        blocks = step.tables[row, : -(-context // keys.shape[1])].long()
+        k = keys[blocks].flatten(0, 1)[:context]  # [C, Hkv, D]
+        v = values[blocks].flatten(0, 1)[:context]
+        out[start:stop] = _prefill(q[start:stop], k, v, scale, window, softcap)
+    return out
+
+
+def _decode(
+    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, contexts: Tensor, scale: float, window: int, softcap: float
+) -> Tensor:
+    """q [R, Hq, D], one query per row at its context's last position -> [R, Hq, D]. Padding reads the zero block."""
+    rows, heads, dim = q.shape
+    kv_heads, size = keys.shape[2], keys.shape[1]
+    blocks = tables[:, : -(-int(contexts.max()) // size)].long()
+    k = keys[blocks].flatten(1, 2).transpose(1, 2)  # [R, Hkv, C, D]
+    v = values[blocks].flatten(1, 2).transpose(1, 2)
+    position = torch.arange(k.shape[2], device=q.device)
+    hidden = position >= contexts[:, None]  # [R, C]
+    if window:
+        hidden = hidden | (position < contexts[:, None] - window)
+    scores = _cap((q.view(rows, kv_heads, heads // kv_heads, dim) @ k.transpose(2, 3)) * scale, softcap)
+    weights = scores.masked_fill(hidden[:, None, None], float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype)
+    # A block's unwritten tail may hold another request's numbers: its weight is 0, and 0 * NaN must not happen.
+    v = v.masked_fill(hidden[:, None, :, None], 0)
+    return (weights @ v).view(rows, heads, dim)
+
+
+def _prefill(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+    """q [n, Hq, D] at the last n of C positions, k and v [C, Hkv, D] -> [n, Hq, D], causal."""
+    count, context = q.shape[0], k.shape[0]
+    query = torch.arange(context - count, context, device=q.device)[:, None]
+    position = torch.arange(context, device=q.device)[None, :]
+    seen = position <= query
+    if window:
+        seen = seen & (position > query - window)
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    if not softcap:
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
+    else:
+        groups = q.shape[1] // k.shape[1]
+        scores = _cap((q @ k.repeat_interleave(groups, 1).transpose(2, 3)) * scale, softcap)
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype)
+        mixed = weights @ v.repeat_interleave(groups, 1)
+    return mixed[0].transpose(0, 1)
+
+
+def _cap(scores: Tensor, softcap: float) -> Tensor:
+    return softcap * torch.tanh(scores / softcap) if softcap else scores
+
+
+def _dispatch(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """What transformers calls for `attn_implementation="adapterd"`; the module carries its own layer's state."""
+    handler: Callable[..., Tensor] | None = getattr(module, _SLOT, None)
+    if handler is None:
+        raise UnsupportedModelError(f"{type(module).__name__} calls attention before the engine has bound it")
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    window, softcap = kwargs.get("sliding_window") or 0, kwargs.get("softcap") or 0.0
+    if isinstance(handler, LayerAttention):
+        return handler(query, key, value, scale, window, softcap), None
+    return handler(module, query, key, value, kwargs), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, _dispatch)
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What the dry run saw: the attention modules in layer order, and the shape of their keys."""
+
+    modules: tuple[nn.Module, ...]
+    kv_heads: int
+    head_dim: int
+
+
+def probe(model: nn.Module, num_layers: int) -> AttentionShape:
+    """Run one dry token and see that every layer asks for attention exactly once, in a way that is implemented.
+
+    Raises: UnsupportedModelError naming what is not: a layer that never calls, an unknown keyword, uneven KV shapes.
+    """
+    calls: list[tuple[nn.Module, tuple[int, int]]] = []
+
+    def record(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        _check_call(module, q, k, v, kwargs)
+        calls.append((module, (k.shape[1], k.shape[3])))
+        return torch.zeros_like(q).transpose(1, 2)
+
+    for module in model.modules():
+        setattr(module, _SLOT, record)
+    device = next(model.parameters()).device
+    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    try:
+        model(input_ids=token, position_ids=token, use_cache=False, logits_to_keep=token[0])
+    except (KeyError, TypeError, NotImplementedError) as error:
+        raise UnsupportedModelError(f"{_name(model)} does not run with a custom attention: {error!r}") from error
+    finally:
+        for module in model.modules():
+            delattr(module, _SLOT)
+    if len(calls) != num_layers or len({id(module) for module, _ in calls}) != num_layers:
+        raise UnsupportedModelError(
+            f"{_name(model)} asked for attention {len(calls)} times in {num_layers} layers; it cannot be served"
+        )
+    shapes = {shape for _, shape in calls}
+    if len(shapes) != 1:
+        raise UnsupportedModelError(f"{_name(model)} has layers of different KV shapes {sorted(shapes)}")
+    kv_heads, head_dim = shapes.pop()
+    return AttentionShape(tuple(module for module, _ in calls), kv_heads, head_dim)
+
+
+def bind(shape: AttentionShape, layers: list[LayerAttention]) -> None:
+    """Attach each layer's cache to its module."""
+    for module, layer in zip(shape.modules, layers, strict=True):
+        setattr(module, _SLOT, layer)
+
+
+def _check_call(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, kwargs: Mapping[str, Any]) -> None:
+    name = type(module).__name__
+    known = _IGNORED | {"sliding_window", "softcap"}
+    unknown = sorted(key for key, value in kwargs.items() if key not in known and value is not None)
+    if unknown:
+        raise UnsupportedModelError(f"{name} passes {', '.join(unknown)} to attention, which is not implemented")
+    if k.shape != v.shape or k.shape[3] != q.shape[3] or q.shape[1] % k.shape[1]:
+        raise UnsupportedModelError(
+            f"{name} has query, key, value shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; not implemented"
+        )
+    if kwargs.get("is_causal") is False:
+        raise UnsupportedModelError(f"{name} is not causal")
+
+
+def _name(model: nn.Module) -> str:
+    return type(model).__name__

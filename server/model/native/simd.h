@@ -1,0 +1,263 @@
+// Vectors for every kernel: one source for AVX-512, AVX2, NEON and SSE through the compiler's vector extension.
+// Owns loads, exp, tanh, the transpose and the register-tiled product `tile`, which fixes the order of every sum.
+// Knows no kernel, no layout of any tensor and no threads.
+//
+// Bit-identity: an output element is one chain of fused multiply-adds in a fixed order, whatever the number of rows in
+// its tile. Never split a sum by the number of rows, threads or blocks.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <utility>
+
+#if defined(__AVX512F__)
+#define ADAPTERD_LANES 16
+#elif defined(__AVX__)
+#define ADAPTERD_LANES 8
+#else
+#define ADAPTERD_LANES 4
+#endif
+
+#define ADAPTERD_EXPORT extern "C" __attribute__((visibility("default")))
+#define ADAPTERD_INLINE inline __attribute__((always_inline))
+
+namespace adapterd {
+
+using index_t = std::ptrdiff_t;
+
+constexpr int LANES = ADAPTERD_LANES;
+constexpr int PANEL = 32;               // columns of a packed panel, on every instruction set
+constexpr int VECTORS = PANEL / LANES;  // vectors per panel row
+
+// Rows of a register tile: as many accumulators as leave room for one panel row and a broadcast.
+#if defined(__AVX512F__)
+constexpr int MAX_ROWS = 12;
+#elif defined(__AVX__)
+constexpr int MAX_ROWS = 3;
+#elif defined(__aarch64__)
+constexpr int MAX_ROWS = 2;
+#else
+constexpr int MAX_ROWS = 1;
+#endif
+
+typedef float vf __attribute__((vector_size(ADAPTERD_LANES * 4)));
+typedef std::int32_t vi __attribute__((vector_size(ADAPTERD_LANES * 4)));
+typedef std::uint32_t vu __attribute__((vector_size(ADAPTERD_LANES * 4)));
+typedef std::uint16_t vh __attribute__((vector_size(ADAPTERD_LANES * 2)));
+typedef float vf_loose __attribute__((vector_size(ADAPTERD_LANES * 4), aligned(4), may_alias));
+typedef std::uint32_t vu_loose __attribute__((vector_size(ADAPTERD_LANES * 4), aligned(4), may_alias));
+typedef std::uint16_t vh_loose __attribute__((vector_size(ADAPTERD_LANES * 2), aligned(2), may_alias));
+
+ADAPTERD_INLINE vf load(const float *p) { return *reinterpret_cast<const vf_loose *>(p); }
+ADAPTERD_INLINE void store(float *p, vf v) { *reinterpret_cast<vf_loose *>(p) = v; }
+ADAPTERD_INLINE vf splat(float x) { return x - vf{}; }
+
+// bf16 is the upper half of an fp32, so widening is a shift and exact.
+ADAPTERD_INLINE vf load(const std::uint16_t *p) {
+    return (vf)(__builtin_convertvector(*reinterpret_cast<const vh_loose *>(p), vu) << 16);
+}
+ADAPTERD_INLINE float scalar(const float *p) { return *p; }
+ADAPTERD_INLINE float scalar(const std::uint16_t *p) {
+    std::uint32_t bits = static_cast<std::uint32_t>(*p) << 16;
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+// Halving tree over lanes: the same order on every call.
+ADAPTERD_INLINE float sum(vf v) {
+    float lanes[LANES];
+    store(lanes, v);
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half; half /= 2)
+        for (int j = 0; j < half; j++) lanes[j] += lanes[j + half];
+    return lanes[0];
+}
+
+ADAPTERD_INLINE float largest(vf v) {
+    float lanes[LANES];
+    store(lanes, v);
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half; half /= 2)
+        for (int j = 0; j < half; j++) lanes[j] = lanes[j + half] > lanes[j] ? lanes[j + half] : lanes[j];
+    return lanes[0];
+}
+
+// exp to 2 ulp (Cephes' expf: 2^n times a degree-6 polynomial). Below -87.3 it is 1.2e-38, above 88 it is 1.7e38: no
+// caller can tell those from 0 and infinity. NaN stays NaN: both selects keep it, and it is multiplied, never patched.
+ADAPTERD_INLINE vf exp(vf x) {
+    x = x < -87.3f ? splat(-87.3f) : x;
+    x = x > 88.0f ? splat(88.0f) : x;
+    const vf shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
+    vf shifted = x * 1.44269504f + shift;
+    vf n = shifted - shift;
+    vf r = x - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    vf p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    vu power = ((vu)shifted + 127u) << 23;
+    return p * (vf)power;
+}
+
+ADAPTERD_INLINE float exp(float x) { return exp(splat(x))[0]; }
+
+ADAPTERD_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
+
+// Cephes' tanhf: a polynomial near zero, where 1 - 2 / (e^2x + 1) would cancel.
+ADAPTERD_INLINE vf tanh(vf x) {
+    vf z = x * x;
+    vf p = splat(-5.70498872745e-3f);
+    p = p * z + 2.06390887954e-2f;
+    p = p * z + -5.37397155531e-2f;
+    p = p * z + 1.33314422036e-1f;
+    p = p * z + -3.33332819422e-1f;
+    vf small = p * z * x + x;
+    vf large = 1.0f - 2.0f / (exp(x + x) + 1.0f);
+    return z < 0.390625f ? small : large;
+}
+
+// ---- transpose: Eklundh's exchange of 1x1, 2x2, 4x4 ... blocks, log2(LANES) rounds ----
+
+template <int STEP, int... J>
+ADAPTERD_INLINE void exchange(vf &a, vf &b, std::integer_sequence<int, J...>) {
+#if defined(__clang__)
+    vf low = __builtin_shufflevector(a, b, ((J & STEP) ? LANES + J - STEP : J)...);
+    vf high = __builtin_shufflevector(a, b, ((J & STEP) ? LANES + J : J + STEP)...);
+#else
+    vf low = __builtin_shuffle(a, b, vi{((J & STEP) ? LANES + J - STEP : J)...});
+    vf high = __builtin_shuffle(a, b, vi{((J & STEP) ? LANES + J : J + STEP)...});
+#endif
+    a = low;
+    b = high;
+}
+
+template <int STEP>
+ADAPTERD_INLINE void transpose_round(vf (&r)[LANES]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++)
+        if (!(i & STEP)) exchange<STEP>(r[i], r[i + STEP], std::make_integer_sequence<int, LANES>{});
+}
+
+ADAPTERD_INLINE void transpose(vf (&r)[LANES]) {
+    transpose_round<1>(r);
+    transpose_round<2>(r);
+#if ADAPTERD_LANES > 4
+    transpose_round<4>(r);
+#endif
+#if ADAPTERD_LANES > 8
+    transpose_round<8>(r);
+#endif
+}
+
+// ---- the product of a few rows with a strip of columns, held in registers ----
+
+// Where a tile's weights come from; `row(k, w)` gives the V vectors of row k.
+template <typename T>
+struct Rows {  // row-major, in natural column order; T is float or bf16 bits
+    const T *p;
+    index_t stride;
+    template <int V>
+    ADAPTERD_INLINE void row(index_t k, vf (&w)[V]) const {
+        for (int v = 0; v < V; v++) w[v] = load(p + k * stride + v * LANES);
+    }
+};
+
+struct PairedPanel {  // bf16 panel: word j of a row holds column j (low half) and column j + PANEL / 2 (high half)
+    const std::uint32_t *p;
+    template <int V>
+    ADAPTERD_INLINE void row(index_t k, vf (&w)[V]) const {
+        for (int v = 0; v < V / 2; v++) {
+            vu pair = *reinterpret_cast<const vu_loose *>(p + k * (PANEL / 2) + v * LANES);
+            w[v] = (vf)(pair << 16);
+            w[v + V / 2] = (vf)(pair & 0xffff0000u);
+        }
+    }
+};
+
+struct Ahead {  // memory wanted soon, fetched while the tile computes: `step` bytes for every k
+    const char *p;
+    index_t step;
+};
+
+// out[r][c] (+)= sum over k of x[r][k] * w[k][c], k ascending, for R rows and V * LANES columns.
+template <int R, int V, typename W>
+ADAPTERD_INLINE void tile(const float *x, index_t ldx, W w, index_t depth, float *out, index_t ldo, bool resume,
+                          Ahead ahead) {
+    vf acc[R][V];
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) acc[r][v] = resume ? load(out + r * ldo + v * LANES) : vf{};
+    // One base per three rows keeps every address in base + {0, 1, 2} * stride form: no row pointer is spilled.
+    const float *base[(R + 2) / 3];
+    for (int g = 0; g < (R + 2) / 3; g++) base[g] = x + 3 * g * ldx;
+    for (index_t k = 0; k < depth; k++) {
+        vf row[V];
+        w.row(k, row);
+        __builtin_prefetch(ahead.p, 0, 2);
+        ahead.p += ahead.step;
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++) {
+            float factor = base[r / 3][(r % 3) * ldx + k];
+#pragma GCC unroll 8
+            for (int v = 0; v < V; v++) acc[r][v] += factor * row[v];
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) store(out + r * ldo + v * LANES, acc[r][v]);
+}
+
+template <int R, int V, typename W>
+ADAPTERD_INLINE void tile_of(int rows, const float *x, index_t ldx, W w, index_t depth, float *out, index_t ldo,
+                             bool resume, Ahead ahead) {
+    if (rows == R)
+        tile<R, V>(x, ldx, w, depth, out, ldo, resume, ahead);
+    else if constexpr (R > 1)
+        tile_of<R - 1, V>(rows, x, ldx, w, depth, out, ldo, resume, ahead);
+}
+
+// Any number of rows, cut into tiles of nearly equal height.
+template <int V, typename W>
+inline void product(index_t rows, const float *x, index_t ldx, W w, index_t depth, float *out, index_t ldo,
+                    bool resume = false) {
+    index_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    for (index_t t = 0; t < tiles; t++) {
+        index_t from = rows * t / tiles, to = rows * (t + 1) / tiles;
+        tile_of<MAX_ROWS, V>(static_cast<int>(to - from), x + from * ldx, ldx, w, depth, out + from * ldo, ldo, resume,
+                             Ahead{reinterpret_cast<const char *>(x), 0});
+    }
+}
+
+// A thread's scratch memory; it only grows, and its content is whatever the last user left.
+class Scratch {
+  public:
+    float *floats(std::size_t count) {
+        if (count > held_) {
+            std::free(p_);
+            p_ = std::aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64);
+            if (!p_) throw std::bad_alloc();
+            held_ = count;
+        }
+        return static_cast<float *>(p_);
+    }
+    ~Scratch() { std::free(p_); }
+
+  private:
+    void *p_ = nullptr;
+    std::size_t held_ = 0;
+};
+
+// Threads of a parallel region; set once by the loader to torch's own number, so that both share one pool.
+extern int threads;
+
+// Below this many multiply-adds a parallel region costs more than it saves.
+constexpr index_t PARALLEL_WORK = 1 << 15;
+
+}  // namespace adapterd

@@ -1,0 +1,184 @@
+"""Runner: everything that happens on the device. One plan in, one sample per finished row out.
+
+Owns the KV cache tensors, the sites and the step. Never decides what runs (the scheduler did), never waits for anything
+but the device, and is called from one thread only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapters_store.digest import Digest
+
+from ..engine.plan import Change, Copy, Evict, Fill, Put, Row, Sample
+from ..engine.plan import Sequence as Seq
+from ..methods.base import Adapter, Method, Prefix
+from ..requests import Token
+from .attention import LayerAttention, PagedAttention, bind, torch_attention
+from .batch import BatchBuilder, order_rows
+from .loader import Base
+from .sampling import SampleRow, sample, score_prompt
+from .sites import Sites
+from .step import Step
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """Size of the KV cache. `blocks` counts the null block."""
+
+    blocks: int
+    block_size: int
+
+    def nbytes(self, base: Base) -> int:
+        return self.blocks * block_nbytes(base, self.block_size)
+
+
+def block_nbytes(base: Base, block_size: int) -> int:
+    """Bytes of one block in all layers, keys and values."""
+    shape = base.shape
+    return 2 * shape.num_layers * block_size * shape.num_kv_heads * shape.head_dim * base.dtype.itemsize
+
+
+class Runner:
+    """The base with its cache and resident adapters. Invariant: cache block 0 is zero."""
+
+    def __init__(
+        self, base: Base, cache: CacheShape, methods: Mapping[str, Method], attention: PagedAttention = torch_attention
+    ) -> None:
+        shape = base.shape
+        self.base = base
+        self.step = Step()
+        self.sites = Sites(base.model, shape, self.step, methods, base.device, base.dtype)
+        size = (2, cache.blocks, cache.block_size, shape.num_kv_heads, shape.head_dim)
+        self._caches = [torch.zeros(size, device=base.device, dtype=base.dtype) for _ in range(shape.num_layers)]
+        self._batch = BatchBuilder(self.step, cache.block_size, base.device)
+        self._embed = base.model.get_input_embeddings()  # type: ignore[operator]
+        self._prefixes: dict[Digest, Prefix] = {}
+        self._parts: dict[Digest, Adapter] = {}
+        bind(base.attention, [LayerAttention(kv[0], kv[1], self.step, attention) for kv in self._caches])
+
+    # -- between forward passes ----------------------------------------------------------------------------------
+
+    def apply(self, changes: Sequence[Change], adapters: Mapping[Digest, Adapter]) -> None:
+        """Bring slots and blocks in line with a plan, in its order. `adapters` holds those that are being put."""
+        with torch.inference_mode():
+            for change in changes:
+                match change:
+                    case Evict(digest, slots):
+                        self._evict(digest, slots)
+                    case Put(digest, slots):
+                        self._put(adapters[digest], slots)
+                    case Fill(digest, blocks):
+                        self._fill(self._prefixes[digest], blocks)
+                    case Copy(source, target):
+                        for cache in self._caches:
+                            cache[:, target] = cache[:, source]
+
+    def _put(self, adapter: Adapter, slots: Mapping[str, int]) -> None:
+        for part in adapter.parts:
+            if part.pool is not None:
+                self.sites.put(part, slots[part.pool])
+            if part.prefix is not None:
+                self._prefixes[adapter.digest] = part.prefix
+
+    def _evict(self, digest: Digest, slots: Mapping[str, int]) -> None:
+        for pool, slot in slots.items():
+            self.sites.clear(pool, slot)
+        self._prefixes.pop(digest, None)
+
+    def _fill(self, prefix: Prefix, blocks: Sequence[int]) -> None:
+        """Write stored K/V [layers, N, kv_heads, head_dim] into blocks that start at position 0."""
+        if prefix.keys is None or prefix.values is None:
+            raise ValueError("a prefix of embeddings has no K/V to write")
+        at = torch.tensor(blocks, device=self.base.device)
+        for layer, cache in enumerate(self._caches):
+            for half, stored in ((0, prefix.keys), (1, prefix.values)):
+                padded = torch.zeros((len(blocks) * cache.shape[2], *cache.shape[3:]), device=cache.device, dtype=cache.dtype)
+                padded[: prefix.length] = stored[layer].to(cache)
+                cache[half][at] = padded.view(len(blocks), *cache.shape[2:])
+
+    # -- a forward pass ------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def run(self, rows: Sequence[Row]) -> dict[Seq, Sample]:
+        """One step. Returns a sample for each row that reached its end, and prompt scores where they were asked for."""
+        rows = order_rows(rows)
+        kept = [_kept_positions(row) for row in rows]
+        begins = [0]
+        for row in rows:
+            begins.append(begins[-1] + row.count)
+        keep = [begin + offset for begin, offsets in zip(begins, kept, strict=False) for offset in offsets]
+        self._batch.fill(rows, keep)
+        logits = self._forward(rows, begins)
+        return self._sample(rows, kept, logits)
+
+    def _forward(self, rows: Sequence[Row], begins: Sequence[int]) -> Tensor:
+        """-> logits [K, V] of the kept positions."""
+        step = self.step
+        embeddings = self._soft_prompts(rows, begins)
+        given = {"input_ids": step.ids[None]} if embeddings is None else {"inputs_embeds": embeddings}
+        out = self.base.model(**given, position_ids=step.positions[None], use_cache=False, logits_to_keep=step.keep)
+        logits: Tensor = out.logits[0]
+        return logits
+
+    def _soft_prompts(self, rows: Sequence[Row], begins: Sequence[int]) -> Tensor | None:
+        """[1, T, hidden] when some row is a soft prompt being run, with its embeddings in place; else None."""
+        builds = [(row, begin) for row, begin in zip(rows, begins, strict=False) if row.sequence.request is None]
+        if not builds:
+            return None
+        embedded: Tensor = self._embed(self.step.ids[None]).clone()
+        for row, begin in builds:
+            prompt = next(self._prefixes[d] for d in row.sequence.adapters if d in self._prefixes).embeddings
+            if prompt is None:
+                raise ValueError("a prefix of ready K/V needs no run through the base")
+            embedded[0, begin : begin + row.count] = prompt[row.start : row.start + row.count].to(embedded)
+        return embedded
+
+    def _sample(self, rows: Sequence[Row], kept: Sequence[range], logits: Tensor) -> dict[Seq, Sample]:
+        ends = torch.tensor([len(offsets) for offsets in kept]).cumsum(0).tolist()
+        finished = [i for i, row in enumerate(rows) if row.samples]
+        tokens: dict[int, Token | None] = {}
+        if finished:
+            last = torch.tensor([ends[i] - 1 for i in finished], device=logits.device)
+            chosen = logits if len(finished) == len(logits) else logits[last]
+            tokens = dict(zip(finished, sample(chosen, [_sample_row(rows[i].sequence) for i in finished]), strict=True))
+        samples: dict[Seq, Sample] = {}
+        for i, row in enumerate(rows):
+            prompt = self._score(row, kept[i], logits[ends[i] - len(kept[i]) : ends[i]]) if _wants_scores(row) else ()
+            if row.samples or prompt:
+                samples[row.sequence] = Sample(tokens.get(i), prompt)
+        return samples
+
+    def _score(self, row: Row, offsets: range, logits: Tensor) -> tuple[Token, ...]:
+        """Logprobs of the prompt tokens that this chunk's positions predict; the first one of all has none."""
+        seq = row.sequence
+        first = row.start + offsets.start + 1  # the position whose token the first kept logits predict
+        targets = seq.ids[first : min(first + len(offsets), seq.prompt_end)]
+        at = torch.tensor(targets, device=logits.device, dtype=torch.int64)
+        scores = score_prompt(logits[: len(targets)], at) if targets else []
+        scored = [Token(i, s) for i, s in zip(targets, scores, strict=True)]
+        head = [Token(seq.ids[seq.virtual], None)] if seq.scored == 0 else []
+        return (*head, *scored)
+
+
+def _wants_scores(row: Row) -> bool:
+    """Whether this chunk holds prompt positions whose scores were asked for and not yet given."""
+    seq = row.sequence
+    return seq.request is not None and seq.sampling.prompt_logprobs and seq.scored < seq.prompt_end - seq.virtual
+
+
+def _kept_positions(row: Row) -> range:
+    """Offsets within the row whose logits are wanted."""
+    if not _wants_scores(row):
+        return range(row.count - 1, row.count) if row.samples else range(0)
+    seq = row.sequence
+    done = seq.virtual + max(seq.scored, 1) - 1  # the position that predicts the next prompt token to score
+    return range(max(0, done - row.start), row.count)
+
+
+def _sample_row(seq: Seq) -> SampleRow:
+    return SampleRow(seq.sampling, lambda: seq.ids[seq.virtual : seq.prompt_end], seq.ids[seq.prompt_end :])

@@ -1,0 +1,176 @@
+"""Sites: the modules of the base at which resident adapters act, as forward hooks on the unmodified model.
+
+A hook is attached when the first resident adapter names the module and removed with the last. Owns the ops (device pools)
+and nothing else; which rows go through them is read from `Step`.
+
+    module(x):   IA3-in -> base -> LoRA -> bias -> IA3-out -> bottleneck          (Op.order)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..methods.base import BaseShape, Method, Op, Part
+from .step import Step
+
+
+@dataclass
+class _Pooled:
+    """One op at one module, and how many of its slots hold an adapter."""
+
+    pool: str
+    op: Op
+    capacity: int = 0
+    occupied: set[int] = field(default_factory=set)
+
+
+class Site:
+    """One module with at least one op. Invariant: hooks are attached exactly while they have something to do."""
+
+    def __init__(self, module: nn.Module, step: Step) -> None:
+        self.module = module
+        self.pools: dict[str, _Pooled] = {}
+        self._step = step
+        self._before: tuple[_Pooled, ...] = ()
+        self._after: tuple[_Pooled, ...] = ()
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Bring the hooks in line with the ops."""
+        for handle in self._handles:
+            handle.remove()
+        ordered = tuple(sorted(self.pools.values(), key=lambda pooled: (pooled.op.order, pooled.pool)))
+        self._before = tuple(p for p in ordered if p.op.acts_before)
+        self._after = ordered
+        self._handles = [self.module.register_forward_hook(self._run_after)] if ordered else []
+        if self._before:
+            self._handles.append(self.module.register_forward_pre_hook(self._run_before))
+
+    def _run_before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        x = flat = args[0]
+        for pooled in self._before:
+            rows = self._step.rows.get(pooled.pool)
+            if rows is not None:
+                flat = pooled.op.before(flat.reshape(-1, flat.shape[-1]), rows)
+        return None if flat is x else (flat.view(x.shape), *args[1:])
+
+    def _run_after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        x: Tensor | None = None
+        y = output
+        for pooled in self._after:
+            rows = self._step.rows.get(pooled.pool)
+            if rows is None:
+                continue
+            if x is None:
+                x = args[0].reshape(-1, args[0].shape[-1])
+                y = output.view(-1, output.shape[-1])
+            y = pooled.op.after(x, y, rows)
+        return output if x is None else y.view(output.shape)
+
+
+@dataclass
+class _Tap:
+    handle: RemovableHandle
+    users: int = 0
+
+
+class Sites:
+    """All sites of one model, and what is in their pools."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: BaseShape,
+        step: Step,
+        methods: Mapping[str, Method],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._modules = dict(model.named_modules())
+        self._base = base
+        self._step = step
+        self._methods = methods
+        self._device = device
+        self._dtype = dtype
+        self._sites: dict[str, Site] = {}
+        self._taps: dict[str, _Tap] = {}
+        self._where: dict[tuple[str, int], tuple[str, ...]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes of all pools."""
+        return sum(pooled.op.nbytes for site in self._sites.values() for pooled in site.pools.values())
+
+    @property
+    def attached(self) -> tuple[str, ...]:
+        """Names of the modules that carry a hook now."""
+        return tuple(self._sites)
+
+    def put(self, part: Part, slot: int) -> None:
+        """Write a part into `slot` of its pool, at every module it names."""
+        if part.pool is None:
+            return
+        for name, tensors in part.sites.items():
+            pooled = self._pooled(name, part)
+            if slot >= pooled.capacity:
+                pooled.capacity = max(slot + 1, 2 * pooled.capacity)
+                pooled.op.grow(pooled.capacity)
+            pooled.op.put(slot, tensors)
+            pooled.occupied.add(slot)
+        self._where[part.pool, slot] = tuple(part.sites)
+
+    def clear(self, pool: str, slot: int) -> None:
+        """Make `slot` the identity again everywhere; modules nobody acts on any more lose their hook."""
+        for name in self._where.pop((pool, slot), ()):
+            site = self._sites[name]
+            pooled = site.pools[pool]
+            pooled.op.clear(slot)
+            pooled.occupied.discard(slot)
+            if not pooled.occupied:
+                self._untap(pooled.op)
+                del site.pools[pool]
+                site.attach()
+                if not site.pools:
+                    del self._sites[name]
+
+    def _pooled(self, name: str, part: Part) -> _Pooled:
+        site = self._sites.get(name)
+        if site is None:
+            site = self._sites[name] = Site(self._modules[name], self._step)
+        pool = str(part.pool)
+        pooled = site.pools.get(pool)
+        if pooled is None:
+            op = self._methods[part.method].op(part, name, self._base, self._device, self._dtype)
+            pooled = site.pools[pool] = _Pooled(pool, op)
+            self._tap(op)
+            site.attach()
+        return pooled
+
+    def _tap(self, op: Op) -> None:
+        for name in op.taps:
+            if name not in self._taps:
+                self._taps[name] = _Tap(self._modules[name].register_forward_pre_hook(_Record(self._step, name)))
+            self._taps[name].users += 1
+
+    def _untap(self, op: Op) -> None:
+        for name in op.taps:
+            self._taps[name].users -= 1
+            if not self._taps[name].users:
+                self._taps.pop(name).handle.remove()
+
+
+@dataclass(frozen=True)
+class _Record:
+    """A pre-hook that keeps a module's input for an op further down the layer."""
+
+    step: Step
+    name: str
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.step.taps[self.name] = args[0].reshape(-1, args[0].shape[-1])

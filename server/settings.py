@@ -1,0 +1,65 @@
+"""Settings: every knob of the server, read once from flags or `ADAPTERD_*` variables, frozen afterwards.
+
+Modules take the values they need, never this object; only `server/cli.py` and `server/api/app.py` hold it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def default_home() -> Path:
+    """Where downloads, converted base models and native kernels are cached."""
+    return Path.home() / ".cache" / "adapterd"
+
+
+class Settings(BaseSettings):
+    """Field names are the CLI's flags (`kv_cache_gb` is `--kv-cache-gb`) and, upper-cased, `ADAPTERD_*` variables."""
+
+    model_config = SettingsConfigDict(env_prefix="ADAPTERD_", frozen=True, extra="forbid")
+
+    model: str = Field("smollm2-135m-instruct", description="Base model: a local directory, a Hub id or a short name.")
+    host: str = Field("127.0.0.1", description="Address to bind.")
+    port: int = Field(8080, ge=0, le=65535, description="Port to bind; 0 takes a free one.")
+    store: Path | None = Field(None, description="Directory of the adapter store; unset = ~/.local/share/adapterd.")
+    demo: bool = Field(False, description="Upload the bundled demo adapters and bind six users to them.")
+    insecure: bool = Field(False, description="Allow binding a non-loopback address although there are no API keys.")
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the base lives; auto = cuda if there.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto = bf16 on CUDA, fp32 on CPU.")
+    threads: int = Field(0, ge=0, le=1024, description="Compute threads; 0 = every core this process may use.")
+    native: bool = Field(True, description="Use the native CPU kernels where a compiler (or a cached build) is found.")
+
+    kv_cache_gb: float | None = Field(None, gt=0, description="KV cache size in GB; unset = a share of free memory.")
+    block_size: int = Field(16, ge=1, le=512, description="Token positions per KV block.")
+    max_batch_tokens: int = Field(
+        512, ge=1, le=65536, description="Token budget of one step (prefill chunks + decode)."
+    )
+    max_running: int = Field(64, ge=1, le=4096, description="Sequences that may be in the batch at once.")
+    max_waiting: int = Field(256, ge=0, le=100_000, description="Requests that may queue; the next gets 429.")
+    adapter_slots: int = Field(32, ge=1, le=4096, description="Adapters resident on the device at once.")
+    host_cache_mb: int = Field(512, ge=0, description="Host memory for parsed adapters that are not resident, in MB.")
+
+    max_total_tokens: int = Field(
+        0,
+        ge=0,
+        description="Prompt + new tokens per request, prefixes included; 0 = the model's context (at most 8192).",
+    )
+    max_stop_sequences: int = Field(4, ge=0, le=64, description="Stop sequences per request.")
+    max_top_n: int = Field(20, ge=0, le=100, description="Alternatives per token a request may ask for.")
+    max_request_mb: float = Field(2, gt=0, description="Size of one JSON request body, in MB.")
+    max_upload_mb: float = Field(256, gt=0, description="Size of one adapter upload, all files together, in MB.")
+    max_rank: int = Field(256, ge=1, le=4096, description="Largest LoRA rank or bottleneck width accepted.")
+    max_virtual_tokens: int = Field(512, ge=1, description="Longest prefix or soft prompt accepted, in positions.")
+    request_timeout: float = Field(600, gt=0, description="Seconds after which a request is ended with an error.")
+    drain_seconds: float = Field(30, ge=0, description="Seconds given to running requests after SIGTERM.")
+
+    metrics_top_k: int = Field(100, ge=0, description="Adapters (and tenants) that get their own metric label.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
+    log_format: Literal["auto", "json", "console"] = Field(
+        "auto", description="auto = console on a terminal, else JSON."
+    )

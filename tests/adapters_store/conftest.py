@@ -1,0 +1,70 @@
+"""A store in a temporary directory, a clock that moves only when told, and an upload in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from adapters_store.records import AdapterRecord
+from adapters_store.store import Store
+
+
+class HandClock:
+    """Every reading is one microsecond after the last, so that no two records have the same age."""
+
+    def __init__(self) -> None:
+        self.now = datetime.now(UTC)
+
+    def __call__(self) -> datetime:
+        self.now += timedelta(microseconds=1)
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += timedelta(seconds=seconds)
+
+
+Upload = Callable[..., tuple[AdapterRecord, bool]]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def clock() -> HandClock:
+    return HandClock()
+
+
+@pytest.fixture
+def store(root: Path, clock: HandClock) -> Iterator[Store]:
+    with Store.open(root, clock=clock) as opened:
+        yield opened
+
+
+@pytest.fixture
+def upload() -> Upload:
+    def _upload(store: Store, tenant: str, name: str, **files: bytes) -> tuple[AdapterRecord, bool]:
+        with store.stage() as staged:
+            for file_name, data in files.items():
+                staged.write(file_name, [data])
+            return store.publish(staged, tenant=tenant, name=name, method="lora", parts=("lora",), details={"rank": 8})
+
+    return _upload
+
+
+@pytest.fixture
+def content() -> Callable[[Store, AdapterRecord], dict[str, bytes]]:
+    def _content(store: Store, record: AdapterRecord) -> dict[str, bytes]:
+        return {name: path.read_bytes() for name, path in store.files(record.digest).items()}
+
+    return _content
+
+
+@pytest.fixture
+def blob_files(root: Path) -> Callable[[], int]:
+    """How many blobs lie on the disk, referenced or not."""
+    return lambda: sum(path.is_file() for path in (root / "blobs").rglob("*"))
