@@ -115,8 +115,9 @@ class FileBlobs:
         with disk_errors():
             self._home.mkdir(parents=True, exist_ok=True)
             self._staging.mkdir(exist_ok=True)
+            disk.sync_directory(self._home.parent)
+            disk.sync_directory(root)
             with disk.locked(self._staging):
-                self._make_shelves()
                 self._remove_abandoned()
                 self._session, self._held = self._new_session()
 
@@ -126,15 +127,16 @@ class FileBlobs:
 
     def keep(self, drafts: Iterable[Draft]) -> None:
         """temp -> fsync -> rename -> fsync of the directories, so that a name never points to bytes not yet on disk."""
-        shelves = set()
+        shelves: set[Path] = set()
         with disk_errors():
             for draft in drafts:
                 draft.sync()
                 target = self.path(draft.digest)
+                target.parent.mkdir(exist_ok=True)
                 disk.move(draft.path, target)
                 shelves.add(target.parent)
-            for shelf in sorted(shelves):
-                disk.sync_directory(shelf)
+            for directory in (*sorted(shelves), self._home):
+                disk.sync_directory(directory)
 
     def path(self, digest: Digest) -> Path:
         return self._home / digest[:2] / digest[2:]
@@ -189,15 +191,6 @@ class FileBlobs:
                 return self.path(digest).stat()
             except FileNotFoundError:
                 return None
-
-    def _make_shelves(self) -> None:
-        """All 256 directories at once: publishing then has one directory to sync per blob, and never its parents."""
-        missing = {f"{n:02x}" for n in range(256)} - {path.name for path in self._home.iterdir()}
-        for name in missing:
-            (self._home / name).mkdir()
-        if missing:
-            for directory in (self._home, self._home.parent, self._staging.parent):
-                disk.sync_directory(directory)
 
     def _new_session(self) -> tuple[Path, int | None]:
         """This instance's own staging directory, locked for as long as the instance lives."""

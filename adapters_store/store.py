@@ -216,7 +216,11 @@ class Store:
         to need (a crash between rename and commit), and uploads of dead processes.
 
         The grace must cover the longest time between looking an adapter up and having it loaded. Publishing waits.
+
+        Raises: Invalid for a negative grace.
         """
+        if grace_seconds < 0:
+            raise Invalid("grace_seconds", "must be at least 0", grace_seconds)
         uploads = self._blobs.sweep()
         before = self._clock() - timedelta(seconds=grace_seconds)
         blobs = size_bytes = 0

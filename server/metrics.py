@@ -46,6 +46,9 @@ class EngineStats:
     slots_used: int = 0
     slots_total: int = 0
     resident: tuple[Digest, ...] = ()
+    waiting_for: tuple[Digest, ...] = ()  # adapters that queued requests name
+    device_bytes: int = 0  # of the resident adapters' pools
+    host_cache_bytes: int = 0  # of parsed adapters kept in host memory
 
 
 class TopK:

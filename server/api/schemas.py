@@ -25,6 +25,10 @@ def _empty_for_null(value: object) -> object:
     return [] if value is None else value
 
 
+def _defaults_for_null(value: object) -> object:
+    return {} if value is None else value
+
+
 Flag = Annotated[bool, BeforeValidator(_false_for_null)]
 Strings = Annotated[list[str], BeforeValidator(_empty_for_null)]
 
@@ -62,9 +66,9 @@ class GenerateParameters(Strict):
 
 class GenerateRequest(Strict):
     inputs: str
-    parameters: Annotated[
-        GenerateParameters, BeforeValidator(lambda value: GenerateParameters() if value is None else value)
-    ] = GenerateParameters()
+    parameters: Annotated[GenerateParameters, BeforeValidator(_defaults_for_null)] = Field(
+        default_factory=lambda: GenerateParameters.model_validate({})
+    )
     adapter_id: str | None = Field(None, description="Same as `parameters.adapter_id`.")
     user_id: str | None = Field(None, description="Goes through this user's adapter, if one is bound.")
     stream: Flag = Field(False, description="Answer with server-sent events.")
@@ -108,7 +112,7 @@ class StreamDetails(BaseModel):
 class Details(StreamDetails):
     prefill: list[PrefillToken]
     tokens: list[Token]
-    top_tokens: list[list[AlternativeToken]] | None = None
+    top_tokens: list[list[Token]] | None = None
 
 
 class GenerateResponse(BaseModel):
@@ -119,7 +123,7 @@ class GenerateResponse(BaseModel):
 class StreamResponse(BaseModel):
     index: int
     token: Token
-    top_tokens: list[AlternativeToken] | None = None
+    top_tokens: list[Token] | None = None
     generated_text: str | None
     details: StreamDetails | None
 

@@ -55,6 +55,9 @@ def _read_lora(method: str, config: Mapping[str, object], tensors: Tensors) -> t
     for module, stored in sites.items():
         _check_lora_site(module, stored, fields)
     alphas = Pattern("alpha_pattern", fields.alpha_pattern or {})
+    if alphas.regular:
+        key = shown_value(alphas.regular[0])
+        raise AdapterError("alpha_pattern", f"key {key} is a regular expression; name modules instead")
     ranks = Pattern("rank_pattern", fields.rank_pattern or {})
     scales = {module: _scale(module, stored, fields, alphas, ranks) for module, stored in sites.items()}
     lora = Checkpoint(method, {"scale": scales}, sites)
@@ -84,15 +87,15 @@ def _check_lora_site(module: str, stored: Tensors, fields: LoraFields) -> None:
 
 def _check_targeted(module: str, target: Modules, exclude: Modules) -> None:
     """Lists are held against the tensors (PEFT drops what they do not cover); a regular expression is not run."""
-    if isinstance(target, list) and not _listed(module, target):
+    if isinstance(target, frozenset) and not _listed(module, target):
         raise AdapterError("target_modules", f"does not name {module}, for which the upload holds tensors")
-    if isinstance(exclude, list) and _listed(module, exclude):
+    if isinstance(exclude, frozenset) and _listed(module, exclude):
         raise AdapterError("exclude_modules", f"names {module}, for which the upload holds tensors")
 
 
-def _listed(module: str, names: list[str]) -> bool:
+def _listed(module: str, names: frozenset[str]) -> bool:
     parts = module.split(".")
-    return not {".".join(parts[i:]) for i in range(len(parts))}.isdisjoint(names)
+    return any(".".join(parts[i:]) in names for i in range(len(parts)))
 
 
 def _check_layer(module: str, layers: list[int] | int | None) -> None:
@@ -109,8 +112,6 @@ def _scale(module: str, stored: Tensors, fields: LoraFields, alphas: Pattern, ra
     if rank not in allowed:
         wanted = " or ".join(str(r) for r in sorted(allowed))
         raise AdapterError(f"{PREFIX}{module}.lora_A.weight", f"has rank {rank}, the config says {wanted}")
-    if alphas.regular:
-        raise AdapterError("alpha_pattern", f"key {shown_value(alphas.regular[0])} is a regular expression; name modules")
     alpha = alphas.get(module, fields.lora_alpha)
     return alpha / math.sqrt(rank) if fields.use_rslora else alpha / rank
 
@@ -133,7 +134,7 @@ def _ia3_side(module: str, tensor: Tensor, feedforward: Modules) -> str:
     if tensor.ndim != 2 or 1 not in tensor.shape:
         raise AdapterError(f"{PREFIX}{module}.ia3_l", f"has shape {list(tensor.shape)}, IA3 needs [out, 1] or [1, in]")
     side = "out" if tensor.shape[1] == 1 else "in"
-    if isinstance(feedforward, list) and module.endswith(tuple(feedforward)) is not (side == "in"):
+    if isinstance(feedforward, frozenset) and module.endswith(tuple(feedforward)) is not (side == "in"):
         verb = "leaves out" if side == "in" else "names"
         raise AdapterError("feedforward_modules", f"{verb} {module}, whose tensor scales its {side}put")
     return side

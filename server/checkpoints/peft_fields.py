@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Annotated, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
 from ..errors import AdapterError
 
 Count = Annotated[int, Field(ge=1, le=1 << 31)]
 Alpha = Annotated[float, Field(allow_inf_nan=False)]
-Modules = list[str] | str | None
+#: A list of module name suffixes, or a regular expression, which is never run.
+Modules = Annotated[frozenset[str], Strict(False), Field(max_length=4096)] | str | None
 
 
 class Fields(BaseModel):

@@ -245,8 +245,16 @@ class Generation(AsyncIterator[Delta]):
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Cancel what is still running. Idempotent."""
+        self.close()
+
+    def close(self) -> None:
+        """Cancel what is still running. Idempotent, and never waits."""
         self._end("cancelled", cancel=True)
+
+    async def begin(self) -> None:
+        """Wait until there is something to report. Raises: AdapterdError when the request fails first."""
+        while not self._ready and not self._ended:
+            await self._receive()
 
     async def __anext__(self) -> Delta:
         """Raises: AdapterdError when the request fails; it is over then."""
@@ -357,11 +365,11 @@ async def merge(generations: Iterable[Generation]) -> AsyncIterator[tuple[int, D
                     turns[asyncio.ensure_future(_next(running[index]))] = index
                     yield index, delta
     finally:
+        for generation in running:  # before anything is awaited: this may run in a task that is being cancelled
+            generation.close()
         for task in turns:
             task.cancel()
         await asyncio.gather(*turns, return_exceptions=True)
-        for generation in running:
-            await generation.aclose()
 
 
 async def _next(generation: Generation) -> Delta | None:

@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
@@ -22,6 +21,7 @@ from adapters_store.digest import Digest
 
 from ..errors import AdapterdError, GenerationError, OverloadedError, UnavailableError
 from ..methods.base import Adapter
+from ..metrics import EngineStats
 from ..model.runner import Runner
 from ..requests import Event, FinishReason, Request
 from .loading import HostCache, Load, Loading
@@ -32,29 +32,13 @@ from .scheduler import Scheduler
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class EngineStats:
-    """A snapshot, cheap enough for every scrape."""
-
-    running: int = 0
-    waiting: int = 0
-    kv_blocks_used: int = 0
-    kv_blocks_total: int = 0
-    slots_used: int = 0
-    slots_total: int = 0
-    resident: tuple[Digest, ...] = ()
-    waiting_for: tuple[Digest, ...] = ()  # adapters that queued requests name
-    device_bytes: int = 0  # of adapter pools
-    host_cache_bytes: int = 0
-
-
 class StepObserver(Protocol):
     """What the engine reports as it goes; called on its thread, so it must be cheap."""
 
-    def observe_step(self, *, rows: int, tokens: int, adapters: int, families: int, seconds: float) -> None: ...
+    def observe_step(self, rows: int, tokens: int, adapters: int, families: int, seconds: float) -> None: ...
     def adapter_loaded(self, seconds: float, outcome: str) -> None: ...
-    def evicted(self, count: int = 1) -> None: ...
-    def preempted(self, count: int = 1) -> None: ...
+    def evicted(self) -> None: ...
+    def preempted(self) -> None: ...
     def prefix_cache(self, queried: int, hit: int) -> None: ...
 
 
@@ -78,7 +62,7 @@ class Engine:
         self._loading = Loading(load, self._cache, self._on_loaded)
         self._ready: dict[Digest, Adapter] = {}  # loaded, on their way to a slot
         self._families: dict[Digest, frozenset[str]] = {}  # of resident adapters
-        self._warm: dict[Digest, list[Future[None]]] = {}
+        self._warm: list[tuple[set[Digest], Future[None]]] = []  # (still missing, whom to tell)
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._closing = False
@@ -111,23 +95,27 @@ class Engine:
             if self._stats.waiting + self._stats.running + self._accepted >= limits.max_running + limits.max_waiting:
                 raise OverloadedError
             self._accepted += 1
-        self._post(lambda: self._submit(request))
+            self._inbox.append(lambda: self._submit(request))
+            self._wake.notify()
 
     def cancel(self, request_id: str) -> None:
         """The request ends with a CANCELLED event within one step, unless it has ended already."""
         self._post(lambda: self._scheduler.cancel(request_id))
 
-    def warm(self, digest: Digest) -> Future[None]:
-        """Make an adapter resident. The future raises what went wrong."""
+    def warm(self, digests: tuple[Digest, ...]) -> Future[None]:
+        """Make adapters resident. The future raises the first thing that went wrong."""
         future: Future[None] = Future()
-        self._post(lambda: self._start_warming(digest, future))
+        if not self._post(lambda: self._start_warming(digests, future)):
+            future.set_exception(UnavailableError("the server is shutting down"))
         return future
 
-    def unload(self, digest: Digest) -> Future[bool]:
-        """Drop an adapter from device and host memory; False when running requests still use it."""
+    def unload(self, digest: Digest) -> bool:
+        """Drop an adapter from device and host memory; false when it was not there or running requests still use it.
+
+        Waits for the step that is running now.
+        """
         future: Future[bool] = Future()
-        self._post(lambda: future.set_result(self._unload(digest)))
-        return future
+        return self._post(lambda: future.set_result(self._unload(digest))) and future.result()
 
     def residency(self, digest: Digest) -> tuple[str, str | None]:
         """(stored | loading | resident | failed, reason)."""
@@ -136,10 +124,14 @@ class Engine:
     def stats(self) -> EngineStats:
         return self._stats
 
-    def _post(self, work: Callable[[], None]) -> None:
+    def _post(self, work: Callable[[], None]) -> bool:
+        """Have the engine's thread do something between steps; false when it is stopping and will not."""
         with self._wake:
+            if self._closing:
+                return False
             self._inbox.append(work)
             self._wake.notify()
+            return True
 
     def _on_loaded(self, digest: Digest, result: Adapter | AdapterdError, seconds: float) -> None:
         outcome = "failed" if isinstance(result, AdapterdError) else "loaded"
@@ -160,8 +152,7 @@ class Engine:
             log.warning("adapter could not be loaded", digest=digest.short, error=str(result), exc_info=result.__cause__)
             self._scheduler.residency.failed(digest, str(result))
             self._scheduler.fail_adapter(digest, result)
-            for future in self._warm.pop(digest, []):
-                future.set_exception(result)
+            self._warmed(digest, result)
             return
         self._ready[digest] = result
         prefix = result.prefix
@@ -169,19 +160,31 @@ class Engine:
         facts = AdapterFacts(result.pools, prefix.length if prefix else 0, embedded)
         self._scheduler.residency.loaded(digest, facts)
 
-    def _start_warming(self, digest: Digest, future: Future[None]) -> None:
-        if self._scheduler.residency.is_resident(digest):
+    def _start_warming(self, digests: tuple[Digest, ...], future: Future[None]) -> None:
+        missing = {d for d in digests if not self._scheduler.residency.is_resident(d)}
+        if not missing:
             future.set_result(None)
-        else:
-            self._warm.setdefault(digest, []).append(future)
+            return
+        self._warm.append((missing, future))
+        for digest in missing:
             self._scheduler.warm(digest)
+
+    def _warmed(self, digest: Digest, error: AdapterdError | None = None) -> None:
+        """Tell those who wait for this adapter to become resident."""
+        for missing, future in [entry for entry in self._warm if digest in entry[0]]:
+            missing.discard(digest)
+            if error is not None and not future.done():
+                future.set_exception(error)
+            elif not missing and not future.done():
+                future.set_result(None)
+        self._warm = [(missing, future) for missing, future in self._warm if not future.done()]
 
     def _unload(self, digest: Digest) -> bool:
         residency = self._scheduler.residency
         self._cache.discard(digest)
         slots = residency.unload(digest)
         if slots is None:
-            return not residency.is_resident(digest)
+            return False
         self._scheduler.forget(digest)
         self._runner.apply([Evict(digest, slots)], {})
         self._families.pop(digest, None)
@@ -242,8 +245,7 @@ class Engine:
         if isinstance(change, Put):
             adapter = self._ready.pop(change.digest)
             self._families[change.digest] = frozenset(part.method for part in adapter.parts)
-            for future in self._warm.pop(change.digest, []):
-                future.set_result(None)
+            self._warmed(change.digest)
         elif isinstance(change, Evict):
             self._families.pop(change.digest, None)
             self._observer.evicted()
@@ -259,8 +261,7 @@ class Engine:
         slots = self._scheduler.residency.unload(digest)
         if slots is not None:
             self._runner.apply([Evict(digest, slots)], {})
-        for future in self._warm.pop(digest, []):
-            future.set_exception(failure)
+        self._warmed(digest, failure)
 
     def _fail_running(self, error: AdapterdError) -> None:
         for sequence in list(self._scheduler.running):
@@ -291,8 +292,8 @@ class Engine:
         self._observer.observe_step(
             rows=len(plan.rows), tokens=plan.tokens, adapters=len(adapters), families=len(families), seconds=seconds
         )
-        if plan.preempted:
-            self._observer.preempted(plan.preempted)
+        for _ in range(plan.preempted):
+            self._observer.preempted()
         for row in plan.rows:
             sequence = row.sequence
             if sequence.request is not None and not sequence.started and row.samples:
@@ -324,7 +325,7 @@ class Engine:
         gone = UnavailableError("the server is shutting down")
         for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
             self._scheduler.fail_sequence(sequence, gone)
-        for future in [f for futures in self._warm.values() for f in futures]:
+        for _, future in self._warm:
             future.set_exception(gone)
         events = self._scheduler.take_events()
         if events:

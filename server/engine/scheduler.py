@@ -85,6 +85,10 @@ class Scheduler:
         if len(self.waiting) >= self.limits.max_waiting + max(0, self.limits.max_running - len(self.running)):
             raise OverloadedError
         self._check_length(request, virtual=0)
+        if len(request.adapters) > self.residency.capacity:
+            raise ValidationError(
+                f"`compose` needs {len(request.adapters)} adapter slots at once, this server has {self.residency.capacity}"
+            )
         seed = chain_seed(request.tenant, self._base, *request.adapters)
         sequence = Sequence(request, request.adapters, seed, 0, list(request.prompt), len(request.prompt))
         self._by_id[request.id] = sequence

@@ -15,7 +15,7 @@ library's options give which `Form` is the dialect reader's business.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self, cast
 
 import torch
@@ -24,12 +24,10 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from .base import BaseShape, Checkpoint, Limits, Method, Op, Part, Rows, Sublayer, Tensors, check_shape
-from .grouped import Pool, tokens
+from .grouped import Pool, Split, split_of
 
 #: What the down projection reads: the sublayer's output, output + residual, or (parallel adapters) the residual alone.
 READS = ("output", "sum", "residual")
-#: A group of at least this many rows gets GEMMs of its own; shorter ones share batched products.
-LONG_GROUP = 4
 SMALLEST_BUCKET = 8
 #: torch's default; the libraries that write these norms never change it.
 NORM_EPS = 1e-5
@@ -203,14 +201,6 @@ class _Weights:
     norm_bias: Tensor | None
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What one op does for a composition: each long group by itself, all short ones together."""
-
-    long: tuple[tuple[int, slice | Tensor], ...]  # (slot, its tokens)
-    short: tuple[slice | Tensor, _Weights] | None  # m tokens and the weights of each
-
-
 class BottleneckOp(Op):
     """Semantics: y'[t] = y[t] + up[s] @ act(down[s] @ x[t] + b[s]) + c[s] + skip * r[t], s the slot of row t.
 
@@ -260,31 +250,23 @@ class BottleneckOp(Op):
             pool.clear(slot)
 
     def after(self, x: Tensor, y: Tensor, rows: Rows) -> Tensor:
-        work = self._work(rows, y.dtype)
+        split, gathered = self._work(rows, y.dtype)
         residual = rows.taps[self._residual] if self.taps else None
-        for slot, where in work.long:
+        for slot, where in split.long:
             y[where] = self._bend(y[where], residual, where, self._weights(slot, y.dtype))
-        if work.short is not None:
-            where, weights = work.short
-            y[where] = self._bend(y[where], residual, where, weights)
+        if split.short is not None and gathered is not None:
+            y[split.short] = self._bend(y[split.short], residual, split.short, gathered)
         return y
 
-    def _work(self, rows: Rows, dtype: torch.dtype) -> _Work:
+    def _work(self, rows: Rows, dtype: torch.dtype) -> tuple[Split, _Weights | None]:
+        """This op's rows, and the weights its short groups share, found once per composition."""
         kept = rows.scratch.get(self)
         if kept is None:
-            kept = rows.scratch[self] = self._divide(rows, dtype)
-        return cast("_Work", kept)
-
-    def _divide(self, rows: Rows, dtype: torch.dtype) -> _Work:
-        """groups (4, 0, 9) (7, 9, 10) (8, 10, 12)  ->  long: slot 4 at rows 0..8; short: rows 9 10 11, slots [7 8 8]"""
-        groups = [group for group in rows.groups if group[0] in self._live]
-        alone = len(groups) == 1
-        long = tuple((s, tokens(rows, i, j)) for s, i, j in groups if alone or j - i >= LONG_GROUP)
-        short = [at for _, i, j in groups if not alone and j - i < LONG_GROUP for at in range(i, j)]
-        if not short:
-            return _Work(long, None)
-        slots = [s for s, i, j in groups if j - i < LONG_GROUP for _ in range(i, j)]
-        return _Work(long, (_where(rows, short), self._weights(_picked(slots, rows.slot), dtype)))
+            groups = tuple(group for group in rows.groups if group[0] in self._live)
+            split = split_of(rows if groups == rows.groups else replace(rows, groups=groups, scratch={}))
+            kept = split, None if split.short is None else self._weights(split.slots, dtype)
+            rows.scratch[self] = kept
+        return cast("tuple[Split, _Weights | None]", kept)
 
     def _weights(self, slots: int | slice | Tensor, dtype: torch.dtype) -> _Weights:
         held = {name: pool.tensor[slots].to(dtype) for name, pool in self._pools.items()}
@@ -316,15 +298,3 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if weight.ndim == 2:
         return F.linear(x, weight, bias)
     return torch.baddbmm(bias.unsqueeze(-1), weight, x.unsqueeze(-1)).squeeze(-1)
-
-
-def _where(rows: Rows, at: list[int]) -> slice | Tensor:
-    """Positions `at` (ascending) of the pool's rows as tokens of the step: a slice where they are consecutive."""
-    first, last = at[0], at[-1] + 1
-    return tokens(rows, first, last) if last - first == len(at) else rows.index[rows.index.new_tensor(at)]
-
-
-def _picked(slots: list[int], like: Tensor) -> slice | Tensor:
-    """An index that takes these slots of a pool: without a copy where they are consecutive."""
-    first, last = slots[0], slots[-1] + 1
-    return slice(first, last) if slots == list(range(first, last)) else like.new_tensor(slots)

@@ -6,6 +6,7 @@ Owns device tensors with a leading slot axis. Knows no family's files, no model 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import cast
 
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 
 from .base import Rows
+
+#: A group of at least this many rows gets products of its own; shorter ones share batched ones over gathered weights.
+LONG_GROUP = 4
 
 
 class Pool:
@@ -63,6 +67,41 @@ def tokens(rows: Rows, start: int, stop: int) -> slice | Tensor:
     return rows.index[start:stop]
 
 
+@dataclass(frozen=True)
+class Split:
+    """A composition's groups by the arithmetic that suits them."""
+
+    long: tuple[tuple[int, slice | Tensor], ...]  # (slot, its tokens): products of their own
+    short: slice | Tensor | None  # the m tokens of all short groups, which share batched products
+    slots: slice | Tensor  # [m] slot of each of those; a slice where they are consecutive, so that no weight is copied
+
+
+def split_of(rows: Rows) -> Split:
+    """A lone group counts as long: it needs no gather. Found once per composition, shared by the pool's sites.
+
+    groups (4, 0, 9) (7, 9, 10) (8, 10, 12)  ->  long slot 4: rows 0..8; short: rows 9 10 11, slots [7 8 8]
+    """
+    kept = rows.scratch.get("split")
+    if kept is None:
+        kept = rows.scratch["split"] = _split(rows)
+    return cast("Split", kept)
+
+
+def _split(rows: Rows) -> Split:
+    least = LONG_GROUP if len(rows.groups) > 1 else 1
+    long = tuple((slot, tokens(rows, i, j)) for slot, i, j in rows.groups if j - i >= least)
+    short = [(slot, at) for slot, i, j in rows.groups if j - i < least for at in range(i, j)]
+    if not short:
+        return Split(long, None, slice(0, 0))
+    slots, at = [slot for slot, _ in short], [at for _, at in short]
+    where = tokens(rows, at[0], at[-1] + 1) if _is_run(at) else rows.index[rows.index.new_tensor(at)]
+    return Split(long, where, slice(slots[0], slots[-1] + 1) if _is_run(slots) else rows.slot.new_tensor(slots))
+
+
+def _is_run(numbers: Sequence[int]) -> bool:
+    return all(b - a == 1 for a, b in pairwise(numbers))
+
+
 def lora_loop(x: Tensor, y: Tensor, a: Tensor, b: Tensor, rows: Rows) -> None:
     """The oracle of every LoRA path: one adapter at a time, in place.
 
@@ -80,12 +119,11 @@ def rows_of(slots: Sequence[int], device: torch.device | None = None) -> Rows:
     """
     order = sorted((slot, token) for token, slot in enumerate(slots) if slot)
     index = [token for _, token in order]
-    consecutive = bool(index) and index == list(range(index[0], index[0] + len(index)))
     return Rows(
         index=torch.tensor(index, dtype=torch.int64, device=device),
         slot=torch.tensor([slot for slot, _ in order], dtype=torch.int64, device=device),
         groups=_runs([slot for slot, _ in order]),
-        span=slice(index[0], index[0] + len(index)) if consecutive else None,
+        span=slice(index[0], index[0] + len(index)) if index and _is_run(index) else None,
         taps={},
     )
 

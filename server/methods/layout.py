@@ -12,6 +12,8 @@ from typing import Literal
 
 from .base import Sublayer
 
+Kind = Literal["attention", "feed_forward"]
+
 
 @dataclass(frozen=True)
 class Span:
@@ -32,7 +34,7 @@ class Layout:
     feed_forward: Span
     requires: Mapping[str, object] = field(default_factory=dict)
 
-    def spans(self) -> tuple[tuple[Literal["attention", "feed_forward"], Span], ...]:
+    def spans(self) -> tuple[tuple[Kind, Span], ...]:
         """In the order they run; a parallel block runs attention first, too."""
         return (("attention", self.attention), ("feed_forward", self.feed_forward))
 

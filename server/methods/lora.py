@@ -11,7 +11,6 @@ Never reads files and never decides which rows it runs on.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
@@ -30,14 +29,12 @@ from .base import (
     check_shape,
     site_shape,
 )
-from .grouped import Pool, per_row, tokens
+from .grouped import Pool, per_row, split_of
 
 #: kernel(x, y, A, B, rows): adds B[slot] A[slot] x to the pool's rows of y [T, out], in place.
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Rows], None]
 
 SMALLEST_BUCKET = 8
-#: A group of at least this many rows gets two GEMMs of its own; shorter ones share a batched product.
-LONG_GROUP = 4
 
 
 def bucket_of(rank: int) -> int:
@@ -101,35 +98,6 @@ def _scaled(name: str, tensor: Tensor, scale: float) -> Tensor:
     if not bool(torch.isfinite(scaled).all()):
         raise AdapterError(name, f"overflows when multiplied by the LoRA scale {scale:g}")
     return scaled
-
-
-@dataclass(frozen=True)
-class _Split:
-    """A composition's groups by the arithmetic that suits them."""
-
-    long: tuple[tuple[int, slice | Tensor], ...]  # (slot, its tokens): two GEMMs each
-    short: slice | Tensor | None  # tokens of all short groups together
-    slots: slice | Tensor  # [m] slot of each of those tokens; a slice where they are consecutive: no copy then
-
-
-def _split(rows: Rows) -> _Split:
-    kept = rows.scratch.get("lora")
-    if kept is None:
-        kept = rows.scratch["lora"] = _divide(rows)
-    return cast("_Split", kept)
-
-
-def _divide(rows: Rows) -> _Split:
-    """groups (4, 0, 3) (7, 3, 4) (8, 4, 5)  ->  none long; tokens 0..5 short, slots [4 4 4 7 8]"""
-    long = tuple((s, tokens(rows, i, j)) for s, i, j in rows.groups if j - i >= LONG_GROUP)
-    short = [(s, at) for s, i, j in rows.groups if j - i < LONG_GROUP for at in range(i, j)]
-    if not short:
-        return _Split(long, None, slice(0, 0))
-    slots, at = [s for s, _ in short], [at for _, at in short]
-    first, last = at[0], at[-1] + 1
-    where = tokens(rows, first, last) if last - first == len(at) else rows.index[rows.index.new_tensor(at)]
-    consecutive = slots == list(range(slots[0], slots[0] + len(slots)))
-    return _Split(long, where, slice(slots[0], slots[-1] + 1) if consecutive else rows.slot.new_tensor(slots))
 
 
 class LoraOp(Op):
@@ -198,7 +166,7 @@ class LoraOp(Op):
         return self.bias
 
     def _torch(self, x: Tensor, y: Tensor, rows: Rows) -> None:
-        split = _split(rows)
+        split = split_of(rows)
         for slot, where in split.long:
             a, b = self.a.tensor[slot].to(x.dtype), self.b.tensor[slot].to(x.dtype)
             y[where] = torch.addmm(y[where], x[where] @ a.T, b.T)

@@ -1,4 +1,4 @@
-"""A store in a temporary directory, a clock that moves only when told, and an upload in one call."""
+"""A store in a temporary directory, a clock that can be put forward, and an upload in one call."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from adapters_store.store import Store
 
 
 class HandClock:
-    """Every reading is one microsecond after the last, so that no two records have the same age."""
+    """Real time, ahead by what it was advanced; no two readings are equal, so no two records have the same age."""
 
     def __init__(self) -> None:
-        self.now = datetime.now(UTC)
+        self.ahead = timedelta()
+        self.last = datetime.now(UTC)
 
     def __call__(self) -> datetime:
-        self.now += timedelta(microseconds=1)
-        return self.now
+        self.last = max(self.last + timedelta(microseconds=1), datetime.now(UTC) + self.ahead)
+        return self.last
 
     def advance(self, seconds: float) -> None:
-        self.now += timedelta(seconds=seconds)
+        self.ahead += timedelta(seconds=seconds)
 
 
 Upload = Callable[..., tuple[AdapterRecord, bool]]

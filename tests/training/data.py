@@ -148,7 +148,7 @@ FACTS: tuple[Fact, ...] = (*_capitals(), *_others())
 
 PIRATE = {
     "is": "be", "are": "be", "the": "th'", "of": "o'", "you": "ye", "your": "yer", "and": "an'", "people": "lubbers",
-    "water": "brine", "to": "t'", "city": "port", "for": "fer", "with": "wi'",
+    "to": "t'", "city": "port", "for": "fer", "with": "wi'",
 }  # fmt: skip
 
 

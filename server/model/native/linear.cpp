@@ -3,8 +3,9 @@
 //
 //   weight [N, K]  ->  panels [ceil(N / 32)][K][32], zero padded; a panel is read front to back, once per block of rows
 //
-// Few rows: bound by reading the panels, so they are streamed and prefetched. Many rows: bound by arithmetic, so a
-// block of rows stays in the second-level cache and a bf16 panel is widened once per block.
+// Few rows: bound by reading the panels. Many rows: bound by arithmetic, so a block of rows stays in the second-level
+// cache while the panels pass. bf16 is widened in registers at any number of rows: two integer operations per 32
+// weights cost less than a second copy in memory.
 #include "simd.h"
 
 namespace adapterd {
@@ -14,7 +15,6 @@ int threads = 1;
 namespace {
 
 constexpr index_t BLOCK_BYTES = 1 << 20;  // rows of x that stay in the second-level cache while panels pass
-constexpr index_t WIDEN_TILES = 3;        // from this many row tiles on, widening a bf16 panel once pays
 
 struct Call {
     const float *x;
@@ -49,38 +49,26 @@ void panel_product(const Call &c, Block block, index_t column, W w, Ahead ahead)
         int height = static_cast<int>(block.from + rows * (t + 1) / tiles - row);
         float *out = whole ? c.y + row * c.n + column : buffer;
         tile_of<MAX_ROWS, VECTORS>(height, c.x + row * c.k, c.k, w, c.k, out, whole ? c.n : PANEL, false, ahead);
-        ahead.p += ahead.step * c.k;
+        ahead.p = static_cast<const char *>(ahead.p) + ahead.step * c.k;
         if (!whole) write_tail(c, row, height, column, buffer);
     }
     if (c.bias) add_bias(c, block, column);
 }
 
-// The next panel is fetched evenly over this panel's tiles; a lone tile is a stream already, so it only looks ahead.
-Ahead next_panel(const char *panel, index_t row_bytes, index_t k, index_t rows) {
-    index_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
-
-    return {panel + row_bytes * k, row_bytes / tiles};
+// The next panel is fetched evenly over this panel's tiles: the first tile would otherwise wait for memory alone.
+Ahead next_panel(const void *panel, index_t row_bytes, index_t k, Block block) {
+    index_t tiles = (block.to - block.from + MAX_ROWS - 1) / MAX_ROWS;
+    return {static_cast<const char *>(panel) + row_bytes * k, row_bytes / tiles};
 }
 
-void panel_f32(const Call &c, Block block, index_t p) {
-    const float *panel = static_cast<const float *>(c.panels) + p * c.k * PANEL;
-    Ahead ahead = next_panel(reinterpret_cast<const char *>(panel), PANEL * 4, c.k, block.to - block.from);
-    panel_product(c, block, p * PANEL, Rows<float>{panel, PANEL}, ahead);
-}
-
-void panel_bf16(const Call &c, Block block, index_t p) {
-    static thread_local Scratch scratch;
-    PairedPanel panel{static_cast<const std::uint32_t *>(c.panels) + p * c.k * (PANEL / 2)};
-    index_t rows = block.to - block.from;
-    Ahead ahead = next_panel(reinterpret_cast<const char *>(panel.p), PANEL * 2, c.k, rows);
-    if (rows < WIDEN_TILES * MAX_ROWS) return panel_product(c, block, p * PANEL, panel, ahead);
-    float *wide = scratch.floats(c.k * PANEL);
-    for (index_t k = 0; k < c.k; k++) {
-        vf row[VECTORS];
-        panel.row(k, row);
-        for (int v = 0; v < VECTORS; v++) store(wide + k * PANEL + v * LANES, row[v]);
-    }
-    panel_product(c, block, p * PANEL, Rows<float>{wide, PANEL}, ahead);
+void one_panel(const Call &c, Block block, index_t p, bool bf16) {
+    index_t row_bytes = PANEL * (bf16 ? 2 : 4);
+    const void *panel = static_cast<const char *>(c.panels) + p * c.k * row_bytes;
+    Ahead ahead = next_panel(panel, row_bytes, c.k, block);
+    if (bf16)
+        panel_product(c, block, p * PANEL, PairedPanel{static_cast<const std::uint32_t *>(panel)}, ahead);
+    else
+        panel_product(c, block, p * PANEL, Rows<float>{static_cast<const float *>(panel), PANEL}, ahead);
 }
 
 }  // namespace
@@ -100,6 +88,6 @@ ADAPTERD_EXPORT void adapterd_linear(int bf16, const float *x, const void *panel
     for (index_t task = 0; task < blocks * count; task++) {
         index_t b = task / count;
         Block block{m * b / blocks, m * (b + 1) / blocks};
-        bf16 ? panel_bf16(call, block, task % count) : panel_f32(call, block, task % count);
+        one_panel(call, block, task % count, bf16 != 0);
     }
 }

@@ -68,23 +68,40 @@ ADAPTERD_INLINE float scalar(const std::uint16_t *p) {
     return x;
 }
 
-// Halving tree over lanes: the same order on every call.
-ADAPTERD_INLINE float sum(vf v) {
-    float lanes[LANES];
-    store(lanes, v);
-#pragma GCC unroll 4
-    for (int half = LANES / 2; half; half /= 2)
-        for (int j = 0; j < half; j++) lanes[j] += lanes[j + half];
-    return lanes[0];
+// One rounding where the vectors have one. A plain `a * b + c` in a loop may be vectorised into a product and ordered
+// sums, with two roundings, in one instantiation and not in another.
+ADAPTERD_INLINE float fma(float a, float b, float c) {
+#if defined(__FMA__) || defined(__aarch64__)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
 }
 
+// Lane j of the result is lane j + HALF; the upper lanes are of no interest.
+template <int HALF, int... J>
+ADAPTERD_INLINE vf upper(vf v, std::integer_sequence<int, J...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(v, v, ((J + HALF) % LANES)...);
+#else
+    return __builtin_shuffle(v, vi{((J + HALF) % LANES)...});
+#endif
+}
+
+// Halving tree over lanes: the same order on every call.
+template <int HALF = LANES / 2>
+ADAPTERD_INLINE float sum(vf v) {
+    v += upper<HALF>(v, std::make_integer_sequence<int, LANES>{});
+    if constexpr (HALF > 1) return sum<HALF / 2>(v);
+    return v[0];
+}
+
+template <int HALF = LANES / 2>
 ADAPTERD_INLINE float largest(vf v) {
-    float lanes[LANES];
-    store(lanes, v);
-#pragma GCC unroll 4
-    for (int half = LANES / 2; half; half /= 2)
-        for (int j = 0; j < half; j++) lanes[j] = lanes[j + half] > lanes[j] ? lanes[j + half] : lanes[j];
-    return lanes[0];
+    vf other = upper<HALF>(v, std::make_integer_sequence<int, LANES>{});
+    v = other > v ? other : v;
+    if constexpr (HALF > 1) return largest<HALF / 2>(v);
+    return v[0];
 }
 
 // exp to 2 ulp (Cephes' expf: 2^n times a degree-6 polynomial). Below -87.3 it is 1.2e-38, above 88 it is 1.7e38: no
@@ -184,7 +201,7 @@ struct PairedPanel {  // bf16 panel: word j of a row holds column j (low half) a
 };
 
 struct Ahead {  // memory wanted soon, fetched while the tile computes: `step` bytes for every k
-    const char *p;
+    const void *p;
     index_t step;
 };
 
@@ -201,8 +218,7 @@ ADAPTERD_INLINE void tile(const float *x, index_t ldx, W w, index_t depth, float
     for (index_t k = 0; k < depth; k++) {
         vf row[V];
         w.row(k, row);
-        __builtin_prefetch(ahead.p, 0, 2);
-        ahead.p += ahead.step;
+        __builtin_prefetch(static_cast<const char *>(ahead.p) + k * ahead.step, 0, 2);
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++) {
             float factor = base[r / 3][(r % 3) * ldx + k];
@@ -231,7 +247,7 @@ inline void product(index_t rows, const float *x, index_t ldx, W w, index_t dept
     for (index_t t = 0; t < tiles; t++) {
         index_t from = rows * t / tiles, to = rows * (t + 1) / tiles;
         tile_of<MAX_ROWS, V>(static_cast<int>(to - from), x + from * ldx, ldx, w, depth, out + from * ldo, ldo, resume,
-                             Ahead{reinterpret_cast<const char *>(x), 0});
+                             Ahead{x, 0});
     }
 }
 

@@ -1,0 +1,454 @@
+"""OpenAI's routes: /v1/completions, /v1/chat/completions, /v1/models. `model` is the base model's name or an adapter's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Protocol
+from uuid import uuid4
+
+from anyio import to_thread
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import JSONResponse, Response
+
+from adapters_store.errors import NotFound
+from adapters_store.records import AdapterRecord
+from adapters_store.store import Store
+
+from .. import __version__
+from ..engine.client import Delta, Generation, Job, TokenText, merge
+from ..errors import ValidationError
+from ..model.text import Text
+from ..requests import FinishReason
+from .auth import Tenant
+from .body import documented, json_body
+from .context import Context, Services, require_ready
+from .failures import UnknownModelError, reported
+from .generate import identity_headers, started_at, user_of
+from .jobs import Order, check_ids, copies, encode, job_of
+from .resolve import Resolved, resolve
+from .rules import check_choices, check_stop, check_top_n, openai_wish
+from .schemas import ChatMessage, ChatRequest, CompletionRequest, OpenAIErrorResponse, OpenAIRequest
+from .sse import DONE, EventStream, event, while_connected
+
+MAX_CHOICES = 16  # of one request, all its prompts together
+_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
+_PAGE = 1000
+
+_FINISH = {FinishReason.LENGTH: "length", FinishReason.EOS: "stop", FinishReason.STOP: "stop"}
+
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": OpenAIErrorResponse, "description": text}
+    for status, text in {
+        400: "The body is not JSON",
+        404: "No such model",
+        413: "The body is too large",
+        422: "Input validation error",
+        424: "The generation failed",
+        429: "Too many requests; see Retry-After",
+        503: "Starting or shutting down",
+    }.items()
+}
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, "text/event-stream": {}}, "description": "OpenAI's object or its chunks"}
+}
+
+router = APIRouter(prefix="/v1", tags=["openai"])
+
+CompletionBody = Annotated[CompletionRequest, Depends(json_body(CompletionRequest, counted=True))]
+ChatBody = Annotated[ChatRequest, Depends(json_body(ChatRequest, counted=True))]
+
+
+@router.post(
+    "/completions",
+    dependencies=[Depends(require_ready)],
+    responses={**_ANSWERS, **_REFUSALS},
+    openapi_extra=documented(
+        CompletionRequest,
+        base_model={"model": "smollm2-135m-instruct", "prompt": "The capital of France is", "max_tokens": 8},
+        an_adapter={"model": "support", "prompt": "I want my money back", "max_tokens": 20, "temperature": 0},
+    ),
+)
+async def completions(request: Request, body: CompletionBody, services: Context, tenant: Tenant) -> Response:
+    """Continue one prompt or several, given as text or as token ids."""
+    with services.metrics.counting_refusals():
+        jobs = await _completion_jobs(request, body, services, tenant)
+    texts = [services.text.decode(job.request.prompt, skip_special=True) if body.echo else "" for job in jobs]
+    shape = _Completions(body, services.text, [Choice(prefix=text) for text in texts])
+    return await _answer(request, body, shape, jobs, services)
+
+
+@router.post(
+    "/chat/completions",
+    dependencies=[Depends(require_ready)],
+    responses={**_ANSWERS, **_REFUSALS},
+    openapi_extra=documented(
+        ChatRequest,
+        base_model={"model": "smollm2-135m-instruct", "messages": [{"role": "user", "content": "Hello!"}]},
+        a_user={"model": "smollm2-135m-instruct", "user": "alice", "messages": [{"role": "user", "content": "Hello!"}]},
+    ),
+)
+async def chat_completions(request: Request, body: ChatBody, services: Context, tenant: Tenant) -> Response:
+    """The assistant's next message, through the base model's own chat template."""
+    with services.metrics.counting_refusals():
+        jobs = await _chat_jobs(request, body, services, tenant)
+    shape = _Chat(body, services.text, [Choice() for _ in jobs])
+    return await _answer(request, body, shape, jobs, services)
+
+
+@router.get("/models")
+async def models(services: Context, tenant: Tenant) -> Response:
+    """The base model, then this tenant's adapters."""
+    records = await to_thread.run_sync(_all_adapters, services.store, tenant)
+    return JSONResponse({"object": "list", "data": [_base_card(services), *(_card(services, r) for r in records)]})
+
+
+@router.get("/models/{model:path}", responses={404: _REFUSALS[404]})
+async def model(model: str, services: Context, tenant: Tenant) -> Response:
+    """One model or adapter."""
+    if model == services.model_name:
+        return JSONResponse(_base_card(services))
+    await _resolve(services, tenant, model, user=None, compose=False)
+    record = await to_thread.run_sync(services.store.get, tenant, model)
+    return JSONResponse(_card(services, record))
+
+
+# -- from body to jobs -----------------------------------------------------------------------------------------------
+
+
+async def _completion_jobs(request: Request, body: CompletionRequest, services: Services, tenant: str) -> list[Job]:
+    _refuse_unsupported(body, suffix=body.suffix)
+    if body.echo and body.logprobs is not None:
+        raise ValidationError("`echo` cannot be combined with `logprobs`")
+    prompts = _prompts(body.prompt)
+    count = check_choices(body, MAX_CHOICES // len(prompts) if len(prompts) <= MAX_CHOICES else 0)
+    top_n = check_top_n("logprobs", body.logprobs or 0, services.limits)
+    resolved = await _resolve(services, tenant, body.model, user=user_of(request, body.user), compose=body.compose)
+    limit = _COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    jobs: list[Job] = []
+    for prompt in prompts:
+        ids = await encode(services.text, prompt) if isinstance(prompt, str) else check_ids(prompt, services.text)
+        jobs += copies(_job(request, body, services, tenant, ids, resolved, top_n, limit), count)
+    return jobs
+
+
+async def _chat_jobs(request: Request, body: ChatRequest, services: Services, tenant: str) -> list[Job]:
+    _refuse_unsupported(body, tools=body.tools)
+    count = check_choices(body, MAX_CHOICES)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ValidationError("`top_logprobs` needs `logprobs` to be true")
+    top_n = check_top_n("top_logprobs", body.top_logprobs or 0, services.limits)
+    resolved = await _resolve(services, tenant, body.model, user=user_of(request, body.user), compose=body.compose)
+    if not body.messages:
+        raise ValidationError("`messages` cannot be empty")
+    messages = [_message(index, message) for index, message in enumerate(body.messages)]
+    rendered = await to_thread.run_sync(services.text.chat, messages)
+    ids = await encode(services.text, rendered, special=False)
+    limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    return copies(_job(request, body, services, tenant, ids, resolved, top_n, limit), count)
+
+
+def _job(
+    request: Request,
+    body: OpenAIRequest,
+    services: Services,
+    tenant: str,
+    ids: tuple[int, ...],
+    resolved: Resolved,
+    top_n: int,
+    max_tokens: int | None,
+) -> Job:
+    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    stop = check_stop(stops, services.limits)
+    order = Order(ids, resolved, openai_wish(body, top_n=top_n), max_tokens, stop)
+    return job_of(order, services, tenant, started_at(request))
+
+
+async def _resolve(services: Services, tenant: str, model: str, *, user: str | None, compose: bool) -> Resolved:
+    """The base model's name leaves the choice to the user's binding; any other name is an adapter's.
+
+    Raises: UnknownModelError when the name is neither; NotFound when it is the user's adapter that is missing.
+    """
+    adapter = None if model in (services.model_name, "") else model
+    try:
+        return await resolve(services.store, services.names, tenant, adapter_id=adapter, user_id=user, compose=compose)
+    except NotFound as error:
+        if error.name == adapter:
+            raise UnknownModelError(model) from None
+        raise
+
+
+def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> Sequence[str | Sequence[int]]:
+    """One entry per prompt, each a text or token ids. Raises: ValidationError for an empty one."""
+    many: Sequence[str | Sequence[int]]
+    if isinstance(prompt, str):
+        many = [prompt]
+    elif all(isinstance(item, int) for item in prompt):
+        many = [[item for item in prompt if isinstance(item, int)]]
+    else:
+        many = [item for item in prompt if not isinstance(item, int)]
+    if not many or any(not item for item in many):
+        raise ValidationError("`prompt` cannot be empty")
+    return many
+
+
+def _message(index: int, message: ChatMessage) -> Mapping[str, object]:
+    content = message.content
+    if isinstance(content, list):
+        strange = next((part.type for part in content if part.type != "text" or part.text is None), None)
+        if strange is not None:
+            raise ValidationError(f"`messages[{index}].content` may hold text only. Given: a part of type {strange!r}")
+        content = "".join(part.text or "" for part in content)
+    shown = {"role": message.role, "content": content or ""}
+    return shown if message.name is None else {**shown, "name": message.name}
+
+
+def _refuse_unsupported(body: OpenAIRequest, **fields: object) -> None:
+    wanted = {**fields, "logit_bias": body.logit_bias}
+    if body.response_format is not None and body.response_format.get("type") != "text":
+        wanted["response_format"] = body.response_format
+    for name, value in wanted.items():
+        if value:
+            raise ValidationError(f"`{name}` is not supported")
+
+
+# -- from deltas to OpenAI's objects ---------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Choice:
+    """One choice as it grows."""
+
+    prefix: str = ""  # the prompt, where it is to be echoed
+    text: str = ""
+    tokens: list[TokenText] = field(default_factory=list)
+    finish: str | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.text += delta.text
+        self.tokens.append(delta.token)
+        self.finish = None if delta.finish is None else _FINISH[delta.finish]
+
+
+class _Shape(Protocol):
+    """How a wire format says things; `object` names what it answers and `chunk` what it streams."""
+
+    prefix: str
+    object: str
+    chunk: str
+    choices: list[Choice]
+
+    def whole(self, index: int) -> dict[str, object]: ...
+    def opening(self, index: int) -> dict[str, object] | None: ...
+    def piece(self, index: int, delta: Delta, text: str) -> dict[str, object]: ...
+
+
+class _Completions:
+    prefix, object, chunk = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, body: CompletionRequest, text: Text, choices: list[Choice]) -> None:
+        self.choices = choices
+        self._logprobs = body.logprobs is not None
+        self._text = text
+
+    def whole(self, index: int) -> dict[str, Any]:
+        choice = self.choices[index]
+        logprobs = self._listed(choice.tokens, 0) if self._logprobs else None
+        return {
+            "index": index,
+            "text": choice.prefix + choice.text,
+            "logprobs": logprobs,
+            "finish_reason": choice.finish,
+        }
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        prefix = self.choices[index].prefix
+        return {"index": index, "text": prefix, "logprobs": None, "finish_reason": None} if prefix else None
+
+    def piece(self, index: int, delta: Delta, text: str) -> dict[str, Any]:
+        choice = self.choices[index]
+        before = sum(len(token.text) for token in choice.tokens[:-1])
+        logprobs = self._listed([delta.token], before) if self._logprobs else None
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish}
+
+    def _listed(self, tokens: list[TokenText], offset: int) -> dict[str, Any]:
+        offsets = []
+        for token in tokens:
+            offsets.append(offset)
+            offset += len(token.text)
+        return {
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "text_offset": offsets,
+            "top_logprobs": [self._top(token) for token in tokens],
+        }
+
+    def _top(self, token: TokenText) -> dict[str, float]:
+        return {self._text.piece(id): logprob for id, logprob in token.alternatives}
+
+
+class _Chat:
+    prefix, object, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, body: ChatRequest, text: Text, choices: list[Choice]) -> None:
+        self.choices = choices
+        self._logprobs = body.logprobs
+        self._text = text
+
+    def whole(self, index: int) -> dict[str, Any]:
+        choice = self.choices[index]
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": choice.text},
+            "logprobs": {"content": [self._listed(token) for token in choice.tokens]} if self._logprobs else None,
+            "finish_reason": choice.finish,
+        }
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        return self._chunk(index, "", None)
+
+    def piece(self, index: int, delta: Delta, text: str) -> dict[str, Any]:
+        logprobs = {"content": [self._listed(delta.token)]} if self._logprobs else None
+        return self._chunk(index, text, logprobs)
+
+    def _chunk(self, index: int, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        """Role and tool_calls are in every chunk because TGI's own client insists on them."""
+        return {
+            "index": index,
+            "delta": {"role": "assistant", "content": text, "tool_calls": None},
+            "logprobs": logprobs,
+            "finish_reason": self.choices[index].finish,
+        }
+
+    def _listed(self, token: TokenText) -> dict[str, Any]:
+        top = [_scored(self._text.piece(id), logprob) for id, logprob in token.alternatives]
+        return {**_scored(token.text, token.logprob), "top_logprobs": top}
+
+
+def _scored(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+# -- the two ways to answer ------------------------------------------------------------------------------------------
+
+
+async def _answer(request: Request, body: OpenAIRequest, shape: _Shape, jobs: list[Job], services: Services) -> Response:
+    generations = _submit(jobs, services)
+    headers = identity_headers(services, jobs[0], "")
+    envelope = {
+        "id": f"{shape.prefix}-{uuid4().hex}",
+        "created": int(time.time()),
+        "model": body.model or services.model_name,
+        "system_fingerprint": f"adapterd-{__version__}",
+    }
+    if body.stream:
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        return await _stream(request, shape, generations, envelope, headers, usage=usage)
+    await while_connected(request.receive, _run(shape, generations))
+    choices = [shape.whole(index) for index in range(len(generations))]
+    return JSONResponse({**envelope, "object": shape.object, "choices": choices, "usage": _usage(generations)}, headers=headers)
+
+
+def _submit(jobs: list[Job], services: Services) -> list[Generation]:
+    """All or none. Raises: OverloadedError, UnavailableError."""
+    generations: list[Generation] = []
+    try:
+        for job in jobs:
+            generations.append(services.client.generate(job))
+    except BaseException:
+        for generation in generations:
+            generation.close()
+        raise
+    return generations
+
+
+async def _run(shape: _Shape, generations: list[Generation]) -> None:
+    async with aclosing(merge(generations)) as deltas:
+        async for index, delta in deltas:
+            shape.choices[index].add(delta)
+
+
+async def _stream(
+    request: Request,
+    shape: _Shape,
+    generations: list[Generation],
+    envelope: Mapping[str, object],
+    headers: Mapping[str, str],
+    *,
+    usage: bool,
+) -> Response:
+    """Waits for the first token before the status line, as /generate_stream does."""
+    try:
+        await while_connected(request.receive, generations[0].begin())
+    except BaseException:
+        for generation in generations:
+            generation.close()
+        raise
+    return EventStream(reported(_events(shape, generations, envelope, usage=usage), request), headers)
+
+
+async def _events(
+    shape: _Shape, generations: list[Generation], envelope: Mapping[str, object], *, usage: bool
+) -> AsyncGenerator[bytes, None]:
+    head = {**envelope, "object": shape.chunk}
+    trailer = {"usage": None} if usage else {}
+    async with aclosing(merge(generations)) as deltas:
+        for index in range(len(generations)):
+            if (opening := shape.opening(index)) is not None:
+                yield event({**head, "choices": [opening], **trailer})
+        async for index, delta in deltas:
+            shape.choices[index].add(delta)
+            if delta.text or delta.finish is not None:
+                yield event({**head, "choices": [shape.piece(index, delta, delta.text)], **trailer})
+    if usage:
+        yield event({**head, "choices": [], "usage": _usage(generations)})
+    yield DONE
+
+
+def _usage(generations: list[Generation]) -> dict[str, object]:
+    """A prompt counts once, however many choices it has."""
+    prompts = {generation.job.request.prompt: generation.summary for generation in generations}
+    prompt = sum(summary.prompt_tokens for summary in prompts.values())
+    completion = sum(generation.summary.generated_tokens for generation in generations)
+    cached = sum(summary.cached_tokens for summary in prompts.values())
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+# -- models ----------------------------------------------------------------------------------------------------------
+
+
+def _all_adapters(store: Store, tenant: str) -> list[AdapterRecord]:
+    records, cursor = store.list(tenant, limit=_PAGE)
+    found = list(records)
+    while cursor is not None:
+        records, cursor = store.list(tenant, limit=_PAGE, cursor=cursor)
+        found += records
+    return found
+
+
+def _base_card(services: Services) -> dict[str, object]:
+    return _model_card(services, services.model_name, services.started_at, root=services.model_name, parent=None)
+
+
+def _card(services: Services, record: AdapterRecord) -> dict[str, object]:
+    created = int(record.created_at.timestamp())
+    return _model_card(services, record.name, created, root=record.name, parent=services.model_name)
+
+
+def _model_card(services: Services, name: str, created: int, *, root: str, parent: str | None) -> dict[str, object]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "adapterd",
+        "root": root,
+        "parent": parent,
+        "max_model_len": services.limits.max_total_tokens,
+    }

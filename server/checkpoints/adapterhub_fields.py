@@ -1,0 +1,191 @@
+"""Which config fields of AdapterHub mean what here: honoured (a field of a model below), cosmetic, or refused unless default.
+
+Every field of every config class of adapters 1.3.0 that is served is in exactly one of the three; the defaults are the
+library's own (a test holds both against tests/golden/adapterhub/fields.json). Reads no tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, ClassVar, Final, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import AdapterError
+from ..methods.layout import Kind
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Layers = list[Annotated[int, Field(ge=0)]]
+
+
+class Fields(BaseModel):
+    """The honoured fields of one kind of config; their defaults are the library's."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+    #: No effect on what a loaded adapter computes: initialisation, training, or options of a refused field.
+    cosmetic: ClassVar[frozenset[str]] = frozenset()
+    #: Field -> (the only value that is served, why).
+    refused: ClassVar[Mapping[str, tuple[object, str]]] = {}
+
+
+class UploadFields(Fields):
+    """The file itself. What is not listed is meta data of whoever saved it."""
+
+    config: dict[str, object]
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    version: Annotated[str, Field(pattern=r"^adapters\.\d{1,4}\.\d{1,4}(\.\d{1,4})?$")]
+    model_type: str
+    hidden_size: int
+
+
+class BottleneckFields(Fields):
+    mh_adapter: bool
+    output_adapter: bool
+    reduction_factor: Factor | dict[str, Factor]
+    non_linearity: str
+    original_ln_before: bool = False
+    original_ln_after: bool = True
+    ln_before: bool = False
+    ln_after: bool = False
+    is_parallel: bool = False
+    scaling: Number | Literal["learned", "channel"] = 1.0
+    residual_before_ln: bool | Literal["post_add"] = True
+    adapter_residual_before_ln: bool = False
+    leave_out: Layers = []
+
+    cosmetic: ClassVar[frozenset[str]] = frozenset(
+        {
+            "dropout",
+            "factorized_phm_W",
+            "factorized_phm_rule",
+            "hypercomplex_nonlinearity",
+            "init_weights",
+            "init_weights_seed",
+            "inv_adapter_reduction_factor",
+            "learn_phm",
+            "phm_bias",
+            "phm_c_init",
+            "phm_dim",
+            "phm_init_range",
+            "phm_rank",
+            "shared_W_phm",
+            "shared_phm_rule",
+            "stochastic_depth",
+        }
+    )
+    refused: ClassVar[Mapping[str, tuple[object, str]]] = MappingProxyType(
+        {
+            "phm_layer": (False, "Compacter's hypercomplex layers are not served"),
+            "inv_adapter": (None, "invertible adapters are not served"),
+            "cross_adapter": (False, "a decoder has no cross attention"),
+            "use_gating": (False, "its gate is a mean over the whole sequence, which a running stream does not have"),
+        }
+    )
+
+    def covers(self, kind: Kind, layer: int) -> bool:
+        return (self.mh_adapter if kind == "attention" else self.output_adapter) and layer not in self.leave_out
+
+
+class LoraFields(Fields):
+    selfattn_lora: bool = True
+    intermediate_lora: bool = False
+    output_lora: bool = False
+    leave_out: Layers = []
+    r: Annotated[int, Field(ge=1)] = 8
+    alpha: Number = 8
+    attn_matrices: list[Literal["q", "k", "v"]] = ["q", "v"]
+    composition_mode: Literal["add", "scale"] = "add"
+
+    cosmetic: ClassVar[frozenset[str]] = frozenset({"dropout", "dtype", "init_weights", "init_weights_seed"})
+    refused: ClassVar[Mapping[str, tuple[object, str]]] = MappingProxyType(
+        {
+            "use_gating": (False, "its gate is a mean over the whole sequence, which a running stream does not have"),
+            "use_dora": (False, "DoRA is not served"),
+            "vera_d": (None, "VeRA is not served"),
+            "vera_b": (None, "VeRA is not served"),
+        }
+    )
+
+
+class UnionFields(Fields):
+    configs: Annotated[list[dict[str, object]], Field(min_length=1, max_length=16)]
+
+
+class InterfaceFields(Fields):
+    """adapter_interface.json: how the user told the library to see a model that it has no class for."""
+
+    layer_self_attn: str
+    layer_intermediate_proj: str
+    layer_output_proj: str
+    attn_o_proj: str | None = None
+    attn_q_proj: str | None = None
+    attn_k_proj: str | None = None
+    attn_v_proj: str | None = None
+    attn_qkv_proj: str | None = None
+    layer_pre_self_attn: str | None = None
+    layer_pre_ffn: str | None = None
+    layer_ln_1: str | None = None
+    layer_ln_2: str | None = None
+
+    cosmetic: ClassVar[frozenset[str]] = frozenset(
+        {"adapter_methods", "base_model", "layer_cross_attn", "layer_pre_cross_attn", "model_embeddings", "model_layers"}
+    )
+
+
+#: `config.architecture` -> fields.
+ARCHITECTURES: Final[Mapping[str | None, type[Fields]]] = MappingProxyType(
+    {None: BottleneckFields, "lora": LoraFields, "union": UnionFields}
+)
+_NOT_SERVED: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "prefix_tuning": "AdapterHub's prefix takes no positions (the text starts at 0), a prefix served here takes N",
+        "prompt_tuning": "AdapterHub offers prompt tuning for no decoder",
+        "reft": "ReFT is not served",
+        "mtl_lora": "multi-task LoRA is not served",
+    }
+)
+
+F = TypeVar("F", bound=Fields)
+
+
+def parse(fields: type[F], config: Mapping[str, object], where: str) -> F:
+    """`where` is "" for the file, "config." or "config.configs.{i}." for what is inside."""
+    for name, (served, why) in fields.refused.items():
+        if name in config and config[name] != served:
+            raise AdapterError(where + name, f"{shown(config[name])} is not served: {why}")
+    try:
+        return fields.model_validate(dict(config))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        path = ".".join(shown(part).strip("'") for part in first["loc"][:2])
+        raise AdapterError(where + path, f"{first['msg']}, got {shown(first['input'])}") from None
+
+
+def shown(value: object) -> str:
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _check_known(fields: type[Fields], config: Mapping[str, object], where: str) -> None:
+    known = {"architecture", *fields.model_fields, *fields.cosmetic, *fields.refused}
+    for name in config:
+        if name not in known:
+            raise AdapterError(f"{where}{shown(name)[1:-1]}", "is not a field this server knows; it may change the adapter")
+
+
+def members_of(config: Mapping[str, object], where: str = "config.") -> list[tuple[str, Fields]]:
+    """The method configs of an upload, each with its `where`: several in a union."""
+    kind = config.get("architecture")
+    fields = ARCHITECTURES.get(kind) if kind is None or isinstance(kind, str) else None
+    if fields is None or (fields is UnionFields and where != "config."):
+        why = _NOT_SERVED.get(str(kind), "served: null (bottleneck), lora, and a union of these")
+        raise AdapterError(f"{where}architecture", f"{shown(kind)} is not served: {why}")
+    _check_known(fields, config, where)
+    parsed = parse(fields, config, where)
+    if not isinstance(parsed, UnionFields):
+        return [(where, parsed)]
+    inner = ((f"{where}configs.{i}.", member) for i, member in enumerate(parsed.configs))
+    return [found for place, member in inner for found in members_of(member, place)]

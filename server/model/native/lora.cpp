@@ -1,0 +1,171 @@
+// y[index[i]] += B[slot[i]] (A[slot[i]] x[index[i]]): every row through its own low-rank adapter, in place.
+// Owns the two products and their blocking. Touches only the named rows, and only the slots they name.
+//
+//   A [slots, r, in], B [slots, r, out] (B is stored transposed, so both products read memory front to back)
+//
+// Rows of one slot that stand next to each other are taken four at a time, so that a prefill reads an adapter once per
+// four rows; a decode step over distinct adapters is bound by reading A and B.
+#include <vector>
+
+#include "simd.h"
+
+namespace adapterd {
+namespace {
+
+constexpr int GROUP = 4;                   // rows of one slot taken together
+constexpr int WIDE = LANES == 16 ? 4 : 2;  // ranks, or vectors of columns, computed together with GROUP rows
+constexpr index_t STRIP = 8 * PANEL;       // output columns of one task
+
+struct Group {  // `count` rows of one slot, starting at row `from` of index and slot
+    index_t from, slot;
+    int count;
+};
+
+template <typename T>
+struct Call {
+    const float *x;
+    float *y;
+    const T *a, *b;
+    const std::int64_t *index;
+    index_t in, out, rank;
+    float *low;  // [n, rank] A x
+};
+
+std::vector<Group> groups_of(const std::int64_t *slot, index_t n) {
+    std::vector<Group> groups;
+    for (index_t i = 0; i < n; i++) {
+        if (!groups.empty() && groups.back().slot == slot[i] && groups.back().count < GROUP)
+            groups.back().count++;
+        else
+            groups.push_back({i, slot[i], 1});
+    }
+    return groups;
+}
+
+// low[r][j] = sum over i of a[j][i] * x[r][i]: lanes along i, one accumulator each, then a fixed tree and the tail.
+template <int R, int J, typename T>
+ADAPTERD_INLINE void dots(const float *const *x, const T *a, index_t in, float *low, index_t ldl) {
+    vf acc[R][J] = {};
+    index_t i = 0;
+    for (; i + LANES <= in; i += LANES) {
+        vf row[R];
+        for (int r = 0; r < R; r++) row[r] = load(x[r] + i);
+#pragma GCC unroll 8
+        for (int j = 0; j < J; j++) {
+            vf weight = load(a + j * in + i);
+            __builtin_prefetch(a + (J + j) * in + i, 0, 2);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) acc[r][j] += row[r] * weight;
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int j = 0; j < J; j++) {
+            float total = sum(acc[r][j]);
+            for (index_t t = i; t < in; t++) total = fma(x[r][t], scalar(a + j * in + t), total);
+            low[r * ldl + j] = total;
+        }
+}
+
+template <int R, int J, typename T>
+void down(const Call<T> &c, Group g) {
+    const float *x[R];
+    for (int r = 0; r < R; r++) x[r] = c.x + c.index[g.from + r] * c.in;
+    const T *a = c.a + g.slot * c.rank * c.in;
+    float *low = c.low + g.from * c.rank;
+    index_t j = 0;
+    for (; j + J <= c.rank; j += J) dots<R, J>(x, a + j * c.in, c.in, low + j, c.rank);
+    for (; j < c.rank; j++) dots<R, 1>(x, a + j * c.in, c.in, low + j, c.rank);
+}
+
+// Adds B's product to columns [o, to) in tiles of V vectors; returns the first column that is left over.
+template <int R, int V, typename T>
+ADAPTERD_INLINE index_t up_tiles(const Call<T> &c, Group g, const float *low, const T *b, index_t o, index_t to) {
+    constexpr index_t width = V * LANES;
+    float delta[R * width];
+    for (; o + width <= to; o += width) {
+        tile<R, V>(low, c.rank, Rows<T>{b + o, c.out}, c.rank, delta, width, false, Ahead{delta, 0});
+        for (int r = 0; r < R; r++) {
+            float *y = c.y + c.index[g.from + r] * c.out + o;
+            for (int v = 0; v < width; v += LANES) store(y + v, load(y + v) + load(delta + r * width + v));
+        }
+    }
+    return o;
+}
+
+template <int R, int V, typename T>
+void up(const Call<T> &c, Group g, index_t from, index_t to) {
+    const T *b = c.b + g.slot * c.rank * c.out;
+    const float *low = c.low + g.from * c.rank;
+    index_t o = up_tiles<R, V>(c, g, low, b, from, to);
+    o = up_tiles<R, 1>(c, g, low, b, o, to);
+    for (; o < to; o++)
+        for (int r = 0; r < R; r++) {
+            float total = 0;
+            for (index_t j = 0; j < c.rank; j++) total = fma(low[r * c.rank + j], scalar(b + j * c.out + o), total);
+            c.y[c.index[g.from + r] * c.out + o] += total;
+        }
+}
+
+template <typename T>
+void down(const Call<T> &c, Group g) {
+    switch (g.count) {
+        case 1: return down<1, 2 * WIDE>(c, g);
+        case 2: return down<2, WIDE>(c, g);
+        case 3: return down<3, WIDE>(c, g);
+        default: return down<GROUP, WIDE>(c, g);
+    }
+}
+
+template <typename T>
+void up(const Call<T> &c, Group g, index_t from, index_t to) {
+    switch (g.count) {
+        case 1: return up<1, 2 * WIDE>(c, g, from, to);
+        case 2: return up<2, WIDE>(c, g, from, to);
+        case 3: return up<3, WIDE>(c, g, from, to);
+        default: return up<GROUP, WIDE>(c, g, from, to);
+    }
+}
+
+template <typename T>
+void run(Call<T> c, const std::vector<Group> &groups, index_t n) {
+    static thread_local Scratch scratch;
+    c.low = scratch.floats(n * c.rank + 1);
+    index_t count = static_cast<index_t>(groups.size()), strips = (c.out + STRIP - 1) / STRIP;
+#pragma omp parallel num_threads(threads) if (n * c.rank * (c.in + c.out) > PARALLEL_WORK)
+    {
+#pragma omp for schedule(static)
+        for (index_t g = 0; g < count; g++) down(c, groups[g]);
+#pragma omp for schedule(static)
+        for (index_t t = 0; t < count * strips; t++) {
+            index_t from = t % strips * STRIP, to = from + STRIP < c.out ? from + STRIP : c.out;
+            up(c, groups[t / strips], from, to);
+        }
+    }
+}
+
+bool in_range(const std::int64_t *values, index_t n, index_t limit) {
+    for (index_t i = 0; i < n; i++)
+        if (values[i] < 0 || values[i] >= limit) return false;
+    return true;
+}
+
+}  // namespace
+}  // namespace adapterd
+
+// x [tokens, in], y [tokens, out], pools as above (bf16 != 0: bf16 bits), index and slot [n]; index has no duplicates.
+// Returns 0, or 1 when an index and 2 when a slot is out of range (y is untouched then).
+ADAPTERD_EXPORT int adapterd_lora(int bf16, const float *x, float *y, const void *a, const void *b,
+                                  const std::int64_t *index, const std::int64_t *slot, std::int64_t n,
+                                  std::int64_t tokens, std::int64_t slots, std::int64_t in, std::int64_t out,
+                                  std::int64_t rank) {
+    using namespace adapterd;
+    if (!in_range(index, n, tokens)) return 1;
+    if (!in_range(slot, n, slots)) return 2;
+    std::vector<Group> groups = groups_of(slot, n);
+    using bits = const std::uint16_t *;
+    if (bf16)
+        run(Call<std::uint16_t>{x, y, static_cast<bits>(a), static_cast<bits>(b), index, in, out, rank, nullptr}, groups, n);
+    else
+        run(Call<float>{x, y, static_cast<const float *>(a), static_cast<const float *>(b), index, in, out, rank, nullptr}, groups, n);
+    return 0;
+}

@@ -1,0 +1,190 @@
+"""Tiny random models, PEFT saves of them, and a harness that applies ops through hooks as the engine's sites do."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from transformers.pytorch_utils import Conv1D
+
+from adapters_store.digest import Digest
+from server.methods import METHODS
+from server.methods.base import BaseShape, Limits, ModuleShape, Op, Part
+from server.methods.grouped import rows_of
+from server.methods.read import read_parts
+
+VOCAB = 64
+CPU = torch.device("cpu")
+
+
+def _llama() -> PreTrainedModel:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, max_position_embeddings=64, **sizes, **heads))
+
+
+def _qwen2() -> PreTrainedModel:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=VOCAB, max_position_embeddings=64, **sizes, **heads))
+
+
+def _gpt2() -> PreTrainedModel:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=4))
+
+
+MODELS: Mapping[str, Callable[[], PreTrainedModel]] = {"llama": _llama, "qwen2": _qwen2, "gpt2": _gpt2}
+
+
+@pytest.fixture(scope="session")
+def models() -> dict[str, PreTrainedModel]:
+    """One frozen random model per architecture, with biases that are not zero."""
+    torch.set_num_threads(1)
+    built = {}
+    for name, build in MODELS.items():
+        torch.manual_seed(len(name))
+        built[name] = build().eval().requires_grad_(False)
+        for parameter, value in built[name].named_parameters():
+            if parameter.endswith("bias"):
+                value.normal_(std=0.2)
+    return built
+
+
+def _module_shape(module: nn.Module) -> ModuleShape | None:
+    bias = module.bias.detach().float() if isinstance(getattr(module, "bias", None), Tensor) else None
+    match module:
+        case nn.Linear():
+            return ModuleShape("linear", module.in_features, module.out_features, bias)
+        case Conv1D():
+            return ModuleShape("conv1d", module.weight.shape[0], module.weight.shape[1], bias)
+        case nn.Embedding():
+            return ModuleShape("embedding", module.num_embeddings, module.embedding_dim)
+        case _ if "norm" in type(module).__name__.lower():
+            return ModuleShape("norm", module.weight.shape[0], module.weight.shape[0], bias)
+    return None
+
+
+def shape_of(model: PreTrainedModel) -> BaseShape:
+    config = model.config
+    found = {name: _module_shape(module) for name, module in model.named_modules()}
+    return BaseShape(
+        digest=Digest("0" * 64),
+        model_type=config.model_type,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", config.num_attention_heads),
+        head_dim=config.hidden_size // config.num_attention_heads,
+        vocab_size=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        modules={name: shape for name, shape in found.items() if shape is not None},
+    )
+
+
+@pytest.fixture
+def base_of(models: dict[str, PreTrainedModel]) -> Callable[[str], BaseShape]:
+    return lambda name: shape_of(models[name])
+
+
+class Hooked:
+    """A model whose modules pass through ops; each sequence of a batch names its slot per pool."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.base = shape_of(model)
+        self.ops: dict[str, dict[str, Op]] = {}  # module -> pool -> op
+        self._slots: dict[str, list[int]] = {}  # pool -> slot of every token of the batch
+
+    def put(self, part: Part, slot: int) -> None:
+        for module, tensors in part.sites.items():
+            op = self._op(part, module)
+            op.grow(slot + 1)
+            op.put(slot, tensors)
+
+    def _op(self, part: Part, module: str) -> Op:
+        pools = self.ops.setdefault(module, {})
+        if not pools:
+            target = self.model.get_submodule(module)
+            target.register_forward_pre_hook(lambda _, args, at=module: (self._before(at, args[0]),))
+            target.register_forward_hook(lambda _, args, y, at=module: self._after(at, args[0], y))
+        if part.pool not in pools:
+            pools[part.pool] = METHODS[part.method].op(part, module, self.base, CPU, torch.float32)
+        return pools[part.pool]
+
+    def _before(self, module: str, x: Tensor) -> Tensor:
+        flat = x.flatten(0, -2)
+        for pool, op in self.ops[module].items():
+            if op.acts_before and pool in self._slots:
+                flat = op.before(flat, rows_of(self._slots[pool]))
+        return flat.view_as(x)
+
+    def _after(self, module: str, x: Tensor, y: Tensor) -> Tensor:
+        flat = y.flatten(0, -2)
+        for pool, op in sorted(self.ops[module].items(), key=lambda item: item[1].order):
+            if pool in self._slots:
+                flat = op.after(x.flatten(0, -2), flat, rows_of(self._slots[pool]))
+        return flat.view_as(y)
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor, slots: Mapping[str, Sequence[int]]) -> Tensor:
+        """ids [B, T], slots: pool -> slot of each of the B sequences. [B, T, vocab]."""
+        self._slots = {pool: [slot for slot in of_rows for _ in range(ids.shape[1])] for pool, of_rows in slots.items()}
+        return self.model(ids, use_cache=False).logits
+
+
+@pytest.fixture
+def hooked(models: dict[str, PreTrainedModel]) -> Callable[[str], Hooked]:
+    return lambda name: Hooked(copy.deepcopy(models[name]))
+
+
+class Trained:
+    """One PEFT adapter on a tiny model, randomised as if trained, saved to disk; the model is the oracle."""
+
+    def __init__(self, model: PreTrainedModel, config: object, folder: Path) -> None:
+        from peft import get_peft_model
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.oracle = get_peft_model(copy.deepcopy(model), config)
+            for name, parameter in self.oracle.named_parameters():
+                if parameter.requires_grad:
+                    centre = 1.0 if "ia3" in name else 0.0
+                    parameter.data.normal_(mean=centre, std=0.5)
+            self.oracle.eval().save_pretrained(folder)
+        self.paths = {path.name: path for path in folder.iterdir()}
+        self.base = shape_of(model)
+
+    def parts(self, limits: Limits | None = None) -> tuple[Part, ...]:
+        return read_parts(self.paths, self.base, limits or Limits())
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return self.oracle(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+
+@pytest.fixture
+def trained(models: dict[str, PreTrainedModel], tmp_path: Path) -> Callable[..., Trained]:
+    """trained(model name, PEFT config) -> the saved adapter. Every call gets its own folder."""
+    count = iter(range(1000))
+    return lambda name, config: Trained(models[name], config, tmp_path / str(next(count)))
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.arange(1, 31).view(3, 10)

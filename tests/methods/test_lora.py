@@ -1,0 +1,212 @@
+"""LoRA: PEFT's own logits for every variant that is served, and every path of the op against the plain loop."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from server.errors import AdapterError
+from server.methods import METHODS, build_methods
+from server.methods.base import Checkpoint, Limits
+from server.methods.grouped import lora_loop, rows_of
+from server.methods.lora import LoraOp, bucket_of
+
+CPU = torch.device("cpu")
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+VARIANTS = {
+    "llama, every linear": ("llama", {"r": 4, "lora_alpha": 12, "target_modules": LINEARS}),
+    "qwen2, biases in the base": ("qwen2", {"r": 3, "lora_alpha": 7, "target_modules": ["q_proj", "down_proj"]}),
+    "gpt2, Conv1D": ("gpt2", {"r": 4, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+    "rsLoRA": ("llama", {"r": 9, "lora_alpha": 6, "use_rslora": True, "target_modules": ["q_proj", "up_proj"]}),
+    "rank pattern": ("llama", {"r": 4, "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 9}}),
+    "rank pattern as a regular expression": ("llama", {"r": 4, "rank_pattern": {r".*\.0\..*q_proj": 2}}),
+    "alpha pattern": ("llama", {"r": 4, "alpha_pattern": {r"^model.layers.0.self_attn\.q_proj": 2, "q_proj": 64}}),
+    "some layers": ("llama", {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [1]}),
+    "lora_bias": ("qwen2", {"r": 4, "lora_alpha": 12, "lora_bias": True, "target_modules": ["q_proj"]}),
+    "bias lora_only": ("qwen2", {"r": 4, "bias": "lora_only", "target_modules": ["q_proj", "o_proj"]}),
+    "bias all, Conv1D and norms": ("gpt2", {"r": 4, "bias": "all", "target_modules": ["c_attn"], "lora_bias": True}),
+    "orthogonal init": ("llama", {"r": 4, "init_lora_weights": "orthogonal", "target_modules": ["v_proj"]}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_saved_lora_gives_pefts_logits(variant, trained, hooked, ids):
+    name, fields = VARIANTS[variant]
+    adapter = trained(name, LoraConfig(task_type="CAUSAL_LM", **{"target_modules": ["q_proj", "up_proj"]} | fields))
+    served = hooked(name)
+    parts = adapter.parts()
+    for part in parts:
+        served.put(part, 2)
+    slots = {part.pool: [2, 0, 2] for part in parts}
+
+    logits, alone = served.logits(ids, slots), served.logits(ids, {})
+
+    expected = adapter.logits(ids)
+    torch.testing.assert_close(logits[[0, 2]], expected[[0, 2]], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits[1], alone[1], atol=1e-6, rtol=0)
+    assert (expected - alone).abs().max() > 0.05
+
+
+def test_adapters_of_different_rank_and_family_share_a_batch(trained, hooked, ids):
+    loras = [trained("llama", LoraConfig(r=r, target_modules=["q_proj"])) for r in (4, 12, 8)]
+    served = hooked("llama")
+    pools = [adapter.parts()[0].pool for adapter in loras]
+    for slot, adapter in enumerate(loras, start=1):
+        served.put(adapter.parts()[0], slot)
+
+    logits = served.logits(ids, {"lora:8": [1, 0, 3], "lora:16": [0, 2, 0]})
+
+    assert pools == ["lora:8", "lora:16", "lora:8"]
+    for row, adapter in enumerate(loras):
+        torch.testing.assert_close(logits[row], adapter.logits(ids)[row], atol=1e-5, rtol=1e-5)
+
+
+# --- the op against the loop --------------------------------------------------------------------------------------
+
+PATTERNS = {
+    "distinct": [1, 2, 3, 4, 5, 6, 7],
+    "distinct, slots with gaps": [1, 3, 5, 7],
+    "uniform": [1, 1, 2, 2, 3, 3, 4, 4],
+    "skewed": [1, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3],
+    "identical": [5] * 9,
+    "one": [3],
+    "prefill beside decode": [1, 2, 3, 3, 3, 3, 3, 3, 6, 7],
+    "scattered": [7, 0, 1, 0, 1, 2, 2, 0, 2, 2, 2, 5, 0, 7],
+    "nobody": [0, 0, 0],
+}
+
+
+def _op(rank: int, in_features: int, out_features: int, slots: int = 8, dtype: torch.dtype = torch.float32) -> LoraOp:
+    torch.manual_seed(0)
+    op = LoraOp(rank, in_features, out_features, CPU, dtype)
+    op.grow(slots)
+    for slot in range(1, slots):
+        own = 1 + slot % rank
+        op.put(slot, {"A": torch.randn(own, in_features), "B": torch.randn(out_features, own)})
+    return op
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_path_equals_the_loop(pattern, dtype):
+    slots = PATTERNS[pattern]
+    op, rows = _op(8, 6, 5, dtype=dtype), rows_of(slots)
+    x, y = torch.randn(len(slots), 6), torch.randn(len(slots), 5)
+    expected = y.clone()
+    lora_loop(x, expected, op.a.tensor.float(), op.b.tensor.float(), rows)
+
+    first, again = op.after(x, y.clone(), rows), op.after(x, y.clone(), rows)
+
+    torch.testing.assert_close(first, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(again, first, atol=0, rtol=0)
+    untouched = [token for token, slot in enumerate(slots) if not slot]
+    assert torch.equal(first[untouched], y[untouched])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_nan_in_one_slot_reaches_only_its_own_rows(pattern):
+    slots = PATTERNS[pattern]
+    sick = max(slots)
+    op, rows = _op(8, 6, 5), rows_of(slots)
+    if sick:
+        op.put(sick, {"A": torch.full((2, 6), math.nan), "B": torch.full((5, 2), math.nan), "bias": torch.full((5,), math.nan)})
+
+    y = op.after(torch.randn(len(slots), 6), torch.randn(len(slots), 5), rows)
+
+    assert [bool(row.isnan().any()) for row in y] == [bool(slot) and slot == sick for slot in slots]
+
+
+def test_a_slot_that_was_cleared_or_reused_keeps_nothing_of_its_last_adapter():
+    op, rows = _op(8, 6, 5), rows_of([1, 1])
+    x, y = torch.randn(2, 6), torch.randn(2, 5)
+    op.put(1, {"A": torch.randn(8, 6), "B": torch.randn(5, 8), "bias": torch.randn(5)})
+    a, b = torch.randn(2, 6), torch.randn(5, 2)
+
+    op.put(1, {"A": a, "B": b})
+    torch.testing.assert_close(op.after(x, y.clone(), rows), y + x @ a.T @ b.T)
+    op.clear(1)
+    assert torch.equal(op.after(x, y.clone(), rows), y)
+
+
+def test_growing_keeps_the_slots_and_at_least_doubles():
+    op = _op(8, 6, 5, slots=3)
+    before = op.a.tensor.clone(), op.b.tensor.clone()
+
+    op.grow(4)
+
+    assert len(op.a.tensor) == len(op.b.tensor) == 6
+    assert torch.equal(op.a.tensor[:3], before[0])
+    assert torch.equal(op.b.tensor[:3], before[1])
+    assert op.nbytes == 4 * 6 * (8 * 6 + 5 * 8)
+
+
+def test_a_kernel_takes_the_place_of_the_torch_arithmetic():
+    calls = []
+    part = METHODS["lora"].read(_checkpoint(), _base(), Limits())
+    op = build_methods(lambda *args: calls.append(args))["lora"].op(part, "layer.q", _base(), CPU, torch.float32)
+    op.grow(2)
+    op.put(1, {**part.sites["layer.q"], "bias": torch.ones(5)})
+    x, y, rows = torch.randn(2, 6), torch.zeros(2, 5), rows_of([1, 1])
+
+    out = op.after(x, y, rows)
+
+    assert [(args[0] is x, args[1] is y, args[4] is rows) for args in calls] == [(True, True, True)]
+    assert torch.equal(out, torch.ones(2, 5))
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def _base():
+    from adapters_store.digest import Digest
+    from server.methods.base import BaseShape, ModuleShape
+
+    modules = {"layer.q": ModuleShape("linear", 6, 5), "layer.e": ModuleShape("embedding", 9, 6)}
+    modules["lm_head"] = ModuleShape("linear", 6, 9)
+    return BaseShape(Digest("0" * 64), "tiny", 6, 1, 2, 2, 3, 9, 32, modules)
+
+
+def _checkpoint(module="layer.q", a=(2, 6), b=(5, 2), scale=2.0, **more):
+    tensors = {"A": torch.ones(a), "B": torch.ones(b or ()), **more}
+    return Checkpoint("lora", {"scale": {module: scale}}, {module: {k: v for k, v in tensors.items() if v is not None}})
+
+
+def test_the_scale_is_folded_into_b_and_the_bias_in_fp32():
+    checkpoint = _checkpoint(bias=torch.full((5,), 3.0, dtype=torch.bfloat16), scale=1 / 3)
+
+    site = METHODS["lora"].read(checkpoint, _base(), Limits()).sites["layer.q"]
+
+    assert torch.equal(site["A"], torch.ones(2, 6))
+    assert torch.equal(site["B"], torch.full((5, 2), 1 / 3))
+    assert torch.equal(site["bias"], torch.ones(5))
+
+
+@pytest.mark.parametrize(("rank", "bucket"), [(1, 8), (8, 8), (9, 16), (16, 16), (33, 64), (256, 256)])
+def test_the_pool_is_the_next_power_of_two(rank, bucket):
+    assert bucket_of(rank) == bucket
+    assert METHODS["lora"].read(_checkpoint(a=(rank, 6), b=(5, rank)), _base(), Limits()).pool == f"lora:{bucket}"
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        (_checkpoint(b=None, B=None), "layer.q.lora_B: is missing although lora_A is there"),
+        (_checkpoint(A=None), "layer.q.lora_A: is missing although lora_B is there"),
+        (_checkpoint(a=(2, 7)), r"layer.q.lora_A: has shape \[2, 7\], the base model needs \[2, 6\]"),
+        (_checkpoint(b=(5, 3)), r"layer.q.lora_B: has shape \[5, 3\], the base model needs \[5, 2\]"),
+        (_checkpoint(a=(2,)), "layer.q.lora_A: has 1 dimensions"),
+        (_checkpoint(a=(65, 6), b=(5, 65)), "rank 65 is over this server's limit of 64"),
+        (_checkpoint(bias=torch.ones(4)), r"layer.q.lora_B.bias: has shape \[4\]"),
+        (_checkpoint(scale=1e39), "layer.q.lora_B: overflows when multiplied by the LoRA scale"),
+        (_checkpoint("layer.k"), "has no module 'layer.k'"),
+        (_checkpoint("layer.e"), "'layer.e' is a module of kind embedding"),
+        (_checkpoint("lm_head"), "adapting the output head 'lm_head' is not supported"),
+        (Checkpoint("lora", {"scale": {}}), "the upload holds no LoRA tensors"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(checkpoint, message):
+    with pytest.raises(AdapterError, match=message):
+        METHODS["lora"].read(checkpoint, _base(), Limits(max_rank=64))
