@@ -11,7 +11,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import mkdtemp
@@ -82,7 +82,7 @@ class Blobs(Protocol):
         """When the blob was last written, aware; None when there is no such blob."""
 
     def intact(self, digest: Digest) -> bool:
-        """Reads the whole blob and compares its sha256."""
+        """Reads the whole blob and compares its sha256. False also when there is no such blob."""
 
     def delete(self, digest: Digest) -> None:
         """Idempotent."""
@@ -94,7 +94,7 @@ class Blobs(Protocol):
         """Held from `keep` to the catalog's commit: no blob is collected meanwhile. Any number may hold it."""
 
     def collecting(self) -> AbstractContextManager[None]:
-        """Held while blobs are deleted: excludes `publishing`."""
+        """Held while blobs are deleted: excludes `publishing`, and is not starved by it."""
 
     def __iter__(self) -> Iterator[Digest]:
         """Every blob there is."""
@@ -151,9 +151,13 @@ class FileBlobs:
 
     def intact(self, digest: Digest) -> bool:
         sha256 = hashlib.sha256()
-        with disk_errors(), self.path(digest).open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                sha256.update(chunk)
+        with disk_errors():
+            try:
+                with self.path(digest).open("rb") as file:
+                    while chunk := file.read(_CHUNK):
+                        sha256.update(chunk)
+            except FileNotFoundError:
+                return False
         return sha256.hexdigest() == digest
 
     def delete(self, digest: Digest) -> None:
@@ -164,11 +168,18 @@ class FileBlobs:
         with disk_errors(), disk.locked(self._staging):
             return self._remove_abandoned()
 
-    def publishing(self) -> AbstractContextManager[None]:
-        return disk.locked(self._home, shared=True)
+    @contextmanager
+    def publishing(self) -> Iterator[None]:
+        """Publishers enter one by one through the lock on `blobs/`, which a waiting collector holds: none overtakes it."""
+        with ExitStack() as stack:
+            with disk.locked(self._home.parent):
+                stack.enter_context(disk.locked(self._home, shared=True))
+            yield
 
-    def collecting(self) -> AbstractContextManager[None]:
-        return disk.locked(self._home)
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        with disk.locked(self._home.parent), disk.locked(self._home):
+            yield
 
     def __iter__(self) -> Iterator[Digest]:
         """A file whose name is no digest is none of ours and is left alone."""

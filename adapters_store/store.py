@@ -16,7 +16,7 @@ from typing import Self
 
 from . import disk, manifest
 from .blobs import Blobs, FileBlobs
-from .catalog import Catalog, Clock, file_url
+from .catalog import Catalog, Clock, Keys, file_url
 from .digest import Digest
 from .errors import Corrupt, Invalid, NotFound, disk_errors
 from .names import MAX_NAME, check_name
@@ -240,15 +240,15 @@ class Store:
 
         Uploading the same files again, under any name, repairs them.
         """
-        damage = []
-        with self._blobs.publishing():  # nothing is collected while it is being read
-            for blob, keys in self._catalog.dependents().items():
-                names = tuple(f"{tenant} {name}@{version}" for tenant, name, version in keys)
-                if self._blobs.size(blob) is None:
-                    damage.append(Damage(blob, "missing", names))
-                elif not self._blobs.intact(blob):
-                    damage.append(Damage(blob, "changed", names))
-        return tuple(damage)
+        suspects = [blob for blob in self._catalog.dependents() if not self._blobs.intact(blob)]
+        with self._blobs.publishing():  # look again while nothing is collected: a suspect may just have been deleted
+            needed = self._catalog.dependents()
+            faults = [blob for blob in suspects if blob in needed and not self._blobs.intact(blob)]
+            return tuple(self._damage(blob, needed[blob]) for blob in faults)
+
+    def _damage(self, blob: Digest, keys: Keys) -> Damage:
+        names = tuple(f"{tenant} {name}@{version}" for tenant, name, version in keys)
+        return Damage(blob, "missing" if self._blobs.size(blob) is None else "changed", names)
 
     def _manifest(self, digest: Digest) -> dict[str, manifest.Entry]:
         if self._blobs.size(digest) is None:

@@ -96,7 +96,10 @@ async def _complete(
     """The answer's body and headers."""
     job = await _prepare(request, body, services, tenant, streaming=False)
     generation = services.client.generate(job)
-    deltas = await while_connected(request.receive, collect(generation))
+    try:
+        deltas = await while_connected(request.receive, collect(generation))
+    finally:
+        generation.close()
     summary = generation.summary
     answer: dict[str, object] = {"generated_text": _full_text(body, summary)}
     if body.parameters.details or body.parameters.decoder_input_details:
@@ -114,15 +117,14 @@ async def _stream(request: Request, body: GenerateRequest, services: Services, t
         generation.close()
         raise
     events = reported(_events(body, generation, services.text), request)
-    return EventStream(events, identity_headers(services, job, body.inputs))
+    return EventStream(events, headers=identity_headers(services, job, body.inputs), close=generation.close)
 
 
 async def _events(body: GenerateRequest, generation: Generation, text: Text) -> AsyncGenerator[bytes, None]:
-    async with generation:
-        index = 0
-        async for delta in generation:
-            index += 1
-            yield event(_stream_event(body, index, delta, generation.summary, text))
+    index = 0
+    async for delta in generation:
+        index += 1
+        yield event(_stream_event(body, index, delta, generation.summary, text))
 
 
 async def _prepare(request: Request, body: GenerateRequest, services: Services, tenant: str, *, streaming: bool) -> Job:

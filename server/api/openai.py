@@ -13,7 +13,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import JSONResponse, Response
 
-from adapters_store.errors import NotFound
+from adapters_store.errors import Invalid, NotFound
 from adapters_store.records import AdapterRecord
 from adapters_store.store import Store
 
@@ -74,10 +74,9 @@ ChatBody = Annotated[ChatRequest, Depends(json_body(ChatRequest, counted=True))]
 async def completions(request: Request, body: CompletionBody, services: Context, tenant: Tenant) -> Response:
     """Continue one prompt or several, given as text or as token ids."""
     with services.metrics.counting_refusals():
-        jobs = await _completion_jobs(request, body, services, tenant)
-    texts = [services.text.decode(job.request.prompt, skip_special=True) if body.echo else "" for job in jobs]
-    shape = _Completions(body, services.text, [Choice(prefix=text) for text in texts])
-    return await _answer(request, body, shape, jobs, services)
+        orders = await _completion_jobs(request, body, services, tenant)
+    shape = _Completions(body, services.text, [Choice(prefix=prompt if body.echo else "") for prompt, _ in orders])
+    return await _answer(request, body, shape, [job for _, job in orders], services)
 
 
 @router.post(
@@ -110,15 +109,18 @@ async def model(model: str, services: Context, tenant: Tenant) -> Response:
     """One model or adapter."""
     if model == services.model_name:
         return JSONResponse(_base_card(services))
-    await _resolve(services, tenant, model, user=None, compose=False)
-    record = await to_thread.run_sync(services.store.get, tenant, model)
+    try:
+        record = await to_thread.run_sync(services.store.get, tenant, model)
+    except (NotFound, Invalid):
+        raise UnknownModelError(model) from None
     return JSONResponse(_card(services, record))
 
 
 # -- from body to jobs -----------------------------------------------------------------------------------------------
 
 
-async def _completion_jobs(request: Request, body: CompletionRequest, services: Services, tenant: str) -> list[Job]:
+async def _completion_jobs(request: Request, body: CompletionRequest, services: Services, tenant: str) -> list[tuple[str, Job]]:
+    """(the prompt as text, its job), a prompt's choices side by side."""
     _refuse_unsupported(body, suffix=body.suffix)
     if body.echo and body.logprobs is not None:
         raise ValidationError("`echo` cannot be combined with `logprobs`")
@@ -127,11 +129,13 @@ async def _completion_jobs(request: Request, body: CompletionRequest, services: 
     top_n = check_top_n("logprobs", body.logprobs or 0, services.limits)
     resolved = await _resolve(services, tenant, body.model, user=user_of(request, body.user), compose=body.compose)
     limit = _COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    jobs: list[Job] = []
+    orders: list[tuple[str, Job]] = []
     for prompt in prompts:
         ids = await encode(services.text, prompt) if isinstance(prompt, str) else check_ids(prompt, services.text)
-        jobs += copies(_job(request, body, services, tenant, ids, resolved, top_n, limit), count)
-    return jobs
+        shown = prompt if isinstance(prompt, str) else services.text.decode(ids)
+        job = _job(request, body, services, tenant, ids, resolved, top_n, limit)
+        orders += [(shown, copy) for copy in copies(job, count)]
+    return orders
 
 
 async def _chat_jobs(request: Request, body: ChatRequest, services: Services, tenant: str) -> list[Job]:
@@ -233,29 +237,35 @@ class Choice:
 
 
 class _Shape(Protocol):
-    """How a wire format says things; `object` names what it answers and `chunk` what it streams."""
+    """How a wire format says things: `kind` names what it answers, `chunk` what it streams."""
 
     prefix: str
-    object: str
+    kind: str
     chunk: str
     choices: list[Choice]
+    logprobs: bool
 
-    def whole(self, index: int) -> dict[str, object]: ...
-    def opening(self, index: int) -> dict[str, object] | None: ...
-    def piece(self, index: int, delta: Delta, text: str) -> dict[str, object]: ...
+    def whole(self, index: int) -> dict[str, Any]:
+        """A finished choice."""
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """What a streamed choice starts with, before its first token."""
+
+    def piece(self, index: int, delta: Delta) -> dict[str, Any]:
+        """One token's worth of a streamed choice; the delta has been added to it."""
 
 
 class _Completions:
-    prefix, object, chunk = "cmpl", "text_completion", "text_completion"
+    prefix, kind, chunk = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, body: CompletionRequest, text: Text, choices: list[Choice]) -> None:
         self.choices = choices
-        self._logprobs = body.logprobs is not None
+        self.logprobs = body.logprobs is not None
         self._text = text
 
     def whole(self, index: int) -> dict[str, Any]:
         choice = self.choices[index]
-        logprobs = self._listed(choice.tokens, 0) if self._logprobs else None
+        logprobs = self._listed(choice.tokens, 0) if self.logprobs else None
         return {
             "index": index,
             "text": choice.prefix + choice.text,
@@ -267,11 +277,11 @@ class _Completions:
         prefix = self.choices[index].prefix
         return {"index": index, "text": prefix, "logprobs": None, "finish_reason": None} if prefix else None
 
-    def piece(self, index: int, delta: Delta, text: str) -> dict[str, Any]:
+    def piece(self, index: int, delta: Delta) -> dict[str, Any]:
         choice = self.choices[index]
         before = sum(len(token.text) for token in choice.tokens[:-1])
-        logprobs = self._listed([delta.token], before) if self._logprobs else None
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish}
+        logprobs = self._listed([delta.token], before) if self.logprobs else None
+        return {"index": index, "text": delta.text, "logprobs": logprobs, "finish_reason": choice.finish}
 
     def _listed(self, tokens: list[TokenText], offset: int) -> dict[str, Any]:
         offsets = []
@@ -290,11 +300,11 @@ class _Completions:
 
 
 class _Chat:
-    prefix, object, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix, kind, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, body: ChatRequest, text: Text, choices: list[Choice]) -> None:
         self.choices = choices
-        self._logprobs = body.logprobs
+        self.logprobs = body.logprobs
         self._text = text
 
     def whole(self, index: int) -> dict[str, Any]:
@@ -302,16 +312,16 @@ class _Chat:
         return {
             "index": index,
             "message": {"role": "assistant", "content": choice.text},
-            "logprobs": {"content": [self._listed(token) for token in choice.tokens]} if self._logprobs else None,
+            "logprobs": {"content": [self._listed(token) for token in choice.tokens]} if self.logprobs else None,
             "finish_reason": choice.finish,
         }
 
     def opening(self, index: int) -> dict[str, Any] | None:
         return self._chunk(index, "", None)
 
-    def piece(self, index: int, delta: Delta, text: str) -> dict[str, Any]:
-        logprobs = {"content": [self._listed(delta.token)]} if self._logprobs else None
-        return self._chunk(index, text, logprobs)
+    def piece(self, index: int, delta: Delta) -> dict[str, Any]:
+        logprobs = {"content": [self._listed(delta.token)]} if self.logprobs else None
+        return self._chunk(index, delta.text, logprobs)
 
     def _chunk(self, index: int, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         """Role and tool_calls are in every chunk because TGI's own client insists on them."""
@@ -335,7 +345,7 @@ def _scored(text: str, logprob: float) -> dict[str, Any]:
 
 
 async def _answer(request: Request, body: OpenAIRequest, shape: _Shape, jobs: list[Job], services: Services) -> Response:
-    generations = _submit(jobs, services)
+    batch = _Batch(_submit(jobs, services), per_prompt=body.n or 1)
     headers = identity_headers(services, jobs[0], "")
     envelope = {
         "id": f"{shape.prefix}-{uuid4().hex}",
@@ -345,10 +355,37 @@ async def _answer(request: Request, body: OpenAIRequest, shape: _Shape, jobs: li
     }
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
-        return await _stream(request, shape, generations, envelope, headers, usage=usage)
-    await while_connected(request.receive, _run(shape, generations))
-    choices = [shape.whole(index) for index in range(len(generations))]
-    return JSONResponse({**envelope, "object": shape.object, "choices": choices, "usage": _usage(generations)}, headers=headers)
+        return await _stream(request, shape, batch, envelope, headers, usage=usage)
+    try:
+        await while_connected(request.receive, _run(shape, batch))
+    finally:
+        batch.close()
+    choices = [shape.whole(index) for index in range(len(jobs))]
+    return JSONResponse({**envelope, "object": shape.kind, "choices": choices, "usage": batch.usage()}, headers=headers)
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """The generations of one request: `per_prompt` choices for each prompt, side by side."""
+
+    generations: list[Generation]
+    per_prompt: int
+
+    def usage(self) -> dict[str, object]:
+        """A prompt counts once, however many choices it has."""
+        prompts = [generation.summary for generation in self.generations[:: self.per_prompt]]
+        prompt = sum(summary.prompt_tokens for summary in prompts)
+        completion = sum(generation.summary.generated_tokens for generation in self.generations)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(summary.cached_tokens for summary in prompts)},
+        }
+
+    def close(self) -> None:
+        for generation in self.generations:
+            generation.close()
 
 
 def _submit(jobs: list[Job], services: Services) -> list[Generation]:
@@ -356,7 +393,7 @@ def _submit(jobs: list[Job], services: Services) -> list[Generation]:
     generations: list[Generation] = []
     try:
         for job in jobs:
-            generations.append(services.client.generate(job))
+            generations.append(services.client.generate(job))  # noqa: PERF401 - those before a refusal must be known
     except BaseException:
         for generation in generations:
             generation.close()
@@ -364,8 +401,8 @@ def _submit(jobs: list[Job], services: Services) -> list[Generation]:
     return generations
 
 
-async def _run(shape: _Shape, generations: list[Generation]) -> None:
-    async with aclosing(merge(generations)) as deltas:
+async def _run(shape: _Shape, batch: _Batch) -> None:
+    async with aclosing(merge(batch.generations)) as deltas:
         async for index, delta in deltas:
             shape.choices[index].add(delta)
 
@@ -373,7 +410,7 @@ async def _run(shape: _Shape, generations: list[Generation]) -> None:
 async def _stream(
     request: Request,
     shape: _Shape,
-    generations: list[Generation],
+    batch: _Batch,
     envelope: Mapping[str, object],
     headers: Mapping[str, str],
     *,
@@ -381,44 +418,27 @@ async def _stream(
 ) -> Response:
     """Waits for the first token before the status line, as /generate_stream does."""
     try:
-        await while_connected(request.receive, generations[0].begin())
+        await while_connected(request.receive, batch.generations[0].begin())
     except BaseException:
-        for generation in generations:
-            generation.close()
+        batch.close()
         raise
-    return EventStream(reported(_events(shape, generations, envelope, usage=usage), request), headers)
+    events = _events(shape, batch, {**envelope, "object": shape.chunk}, usage=usage)
+    return EventStream(reported(events, request), headers=headers, close=batch.close)
 
 
-async def _events(
-    shape: _Shape, generations: list[Generation], envelope: Mapping[str, object], *, usage: bool
-) -> AsyncGenerator[bytes, None]:
-    head = {**envelope, "object": shape.chunk}
+async def _events(shape: _Shape, batch: _Batch, head: Mapping[str, object], *, usage: bool) -> AsyncGenerator[bytes, None]:
     trailer = {"usage": None} if usage else {}
-    async with aclosing(merge(generations)) as deltas:
-        for index in range(len(generations)):
-            if (opening := shape.opening(index)) is not None:
-                yield event({**head, "choices": [opening], **trailer})
+    for index in range(len(batch.generations)):
+        if (opening := shape.opening(index)) is not None:
+            yield event({**head, "choices": [opening], **trailer})
+    async with aclosing(merge(batch.generations)) as deltas:
         async for index, delta in deltas:
             shape.choices[index].add(delta)
-            if delta.text or delta.finish is not None:
-                yield event({**head, "choices": [shape.piece(index, delta, delta.text)], **trailer})
+            if delta.text or delta.finish is not None or shape.logprobs:
+                yield event({**head, "choices": [shape.piece(index, delta)], **trailer})
     if usage:
-        yield event({**head, "choices": [], "usage": _usage(generations)})
+        yield event({**head, "choices": [], "usage": batch.usage()})
     yield DONE
-
-
-def _usage(generations: list[Generation]) -> dict[str, object]:
-    """A prompt counts once, however many choices it has."""
-    prompts = {generation.job.request.prompt: generation.summary for generation in generations}
-    prompt = sum(summary.prompt_tokens for summary in prompts.values())
-    completion = sum(generation.summary.generated_tokens for generation in generations)
-    cached = sum(summary.cached_tokens for summary in prompts.values())
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }
 
 
 # -- models ----------------------------------------------------------------------------------------------------------

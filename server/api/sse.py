@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -24,22 +24,29 @@ def event(payload: Mapping[str, object]) -> bytes:
 
 
 class EventStream(Response):
-    """Sends events as they are generated. The generator is closed when the client leaves, also between two events."""
+    """Sends events as they are generated, and stops when the client leaves, also while there is nothing to send.
+
+    `close` is called once at the end, whatever happened; a generator that was never started would not clean up itself.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str] | None = None) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], *, headers: Mapping[str, str], close: Callable[[], None]) -> None:
         self.status_code = 200
         self.background = None
         self._events = events
-        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
+        self._close = close
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with anyio.create_task_group() as group:
-            group.start_soon(self._watch, receive, group.cancel_scope)
-            async with aclosing(self._events):
-                await self._send(send)
-            group.cancel_scope.cancel()
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._watch, receive, group.cancel_scope)
+                async with aclosing(self._events):
+                    await self._send(send)
+                group.cancel_scope.cancel()
+        finally:
+            self._close()
 
     async def _send(self, send: Send) -> None:
         try:

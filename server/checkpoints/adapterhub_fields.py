@@ -120,7 +120,7 @@ class InterfaceFields(Fields):
     layer_self_attn: str
     layer_intermediate_proj: str
     layer_output_proj: str
-    attn_o_proj: str | None = None
+    attn_o_proj: str | None
     attn_q_proj: str | None = None
     attn_k_proj: str | None = None
     attn_v_proj: str | None = None

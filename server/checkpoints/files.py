@@ -20,7 +20,14 @@ from ..errors import AdapterError
 
 CONFIG: Final = "adapter_config.json"
 READ: Final = frozenset(
-    {CONFIG, "adapter_model.safetensors", "adapter.safetensors", "head_config.json", "model_head.safetensors"}
+    {
+        CONFIG,
+        "adapter_interface.json",
+        "adapter.safetensors",
+        "adapter_model.safetensors",
+        "head_config.json",
+        "model_head.safetensors",
+    }
 )
 IGNORED: Final = frozenset({"README.md", "LICENSE", ".gitattributes"})
 PICKLES: Final = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -132,6 +139,8 @@ def _shown(text: str) -> str:
 def _reason(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return "is not UTF-8"
+    if isinstance(error, UnicodeEncodeError):
+        return "holds a lone surrogate, which is no character"
     text = str(error)
     return _shown(text) if len(text) <= 80 else f"{_shown(text[:80])}..."
 

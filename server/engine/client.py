@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from threading import Lock
@@ -350,7 +350,7 @@ async def collect(generation: Generation) -> list[Delta]:
         return [delta async for delta in generation]
 
 
-async def merge(generations: Iterable[Generation]) -> AsyncIterator[tuple[int, Delta]]:
+async def merge(generations: Iterable[Generation]) -> AsyncGenerator[tuple[int, Delta], None]:
     """(index, delta) of several generations as they come. All are closed when one fails or the caller stops."""
     running = list(generations)
     turns: dict[asyncio.Task[Delta | None], int] = {}

@@ -193,22 +193,31 @@ class Engine:
     # -- the engine's thread: steps ------------------------------------------------------------------------------
 
     def _loop(self) -> None:
-        while True:
-            self.beat = time.monotonic()
-            with self._wake:
-                self._wake.wait_for(lambda: self._inbox or self._closing or self._has_work(), timeout=1.0)
-                work, self._inbox = self._inbox, deque()
-                closing = self._closing
-            for job in work:
-                job()
-            if closing:
-                self._end_all()
-                return
-            try:
-                self._step()
-            except Exception as error:  # a defect here must cost the requests it met, never the engine
-                log.exception("the engine's step failed")
-                self._fail_running(GenerationError(f"the step failed ({type(error).__name__})"))
+        while self.turn(wait=1.0):
+            pass
+
+    def turn(self, wait: float = 0.0) -> bool:
+        """Take in what has arrived and run one step; false once the engine has stopped.
+
+        `wait` is how many seconds to wait for work when there is none. Called by the engine's own thread, or by an
+        embedder that has not called `start`.
+        """
+        self.beat = time.monotonic()
+        with self._wake:
+            self._wake.wait_for(lambda: self._inbox or self._closing or self._has_work(), timeout=wait)
+            work, self._inbox = self._inbox, deque()
+            closing = self._closing
+        for job in work:
+            job()
+        if closing:
+            self._end_all()
+            return False
+        try:
+            self._step()
+        except Exception as error:  # a defect here must cost the requests it met, never the engine
+            log.exception("the engine's step failed")
+            self._fail_running(GenerationError(f"the step failed ({type(error).__name__})"))
+        return True
 
     def _has_work(self) -> bool:
         return self._progress or bool(self._scheduler.running)

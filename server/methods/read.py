@@ -6,11 +6,13 @@ Owns nothing but that joint. Pure and host side; run it in a worker, never in a 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from adapters_store.digest import Digest
 
 from ..checkpoints import read_checkpoints
+from ..errors import AdapterError
 from . import METHODS
 from .base import Adapter, BaseShape, Limits, Method, Part, Prefix
 
@@ -32,8 +34,23 @@ def read_adapter(
 def read_parts(
     paths: Mapping[str, Path], base: BaseShape, limits: Limits, methods: Mapping[str, Method] = METHODS
 ) -> tuple[Part, ...]:
-    """The parts of one upload, in the order its checkpoints name them. Raises: AdapterError, as `read_adapter`."""
-    return tuple(methods[found.method].read(found, base, limits) for found in read_checkpoints(paths))
+    """The parts of one upload, at most one per pool and one prefix. Raises: AdapterError, as `read_adapter`."""
+    parts: dict[str, Part] = {}
+    for found in read_checkpoints(paths, base):
+        part = methods[found.method].read(found, base, limits)
+        kind = part.pool or "prefix"
+        parts[kind] = _joined(parts[kind], part) if kind in parts else part
+    return tuple(parts.values())
+
+
+def _joined(one: Part, other: Part) -> Part:
+    """A slot of a pool holds one set of tensors per module, so parts of one pool become one."""
+    if one.pool is None:
+        raise AdapterError(other.method, f"the upload already has a prefix ({one.method}); it can have one")
+    twice = one.sites.keys() & other.sites.keys()
+    if twice:
+        raise AdapterError(min(twice), f"is adapted twice by {other.method} in one upload")
+    return replace(one, sites={**one.sites, **other.sites})
 
 
 def describe(parts: Sequence[Part]) -> dict[str, object]:

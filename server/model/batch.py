@@ -65,6 +65,10 @@ class BatchBuilder:
         step.taps.clear()
         self._fill_pools(rows, begins)
 
+    def forget_composition(self) -> None:
+        """Slots changed hands: what was gathered from them is stale."""
+        self._composition = ()
+
     def _tables(self, rows: Sequence[Row]) -> NDArray[np.int32]:
         """[R, longest block list], padded with the null block."""
         tables = np.zeros((len(rows), max(len(row.sequence.blocks) for row in rows)), np.int32)

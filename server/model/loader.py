@@ -73,7 +73,7 @@ def make_base(model: nn.Module, digest: Digest, device: torch.device, dtype: tor
     with torch.inference_mode():
         attention = probe(model, text.num_hidden_layers)
     modules = dict(_module_shapes(model))
-    layout = sublayers(text.model_type, text.num_hidden_layers)
+    layout = sublayers(text.model_type, text.num_hidden_layers, text.to_dict())
     known = all({s.residual, s.inlet, s.exit} <= modules.keys() for s in layout)
     shape = BaseShape(
         digest=digest,

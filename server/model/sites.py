@@ -20,7 +20,7 @@ from ..methods.base import BaseShape, Method, Op, Part
 from .step import Step
 
 
-@dataclass
+@dataclass(eq=False)
 class _Pooled:
     """One op at one module, and how many of its slots hold an adapter."""
 
@@ -43,11 +43,13 @@ class Site:
 
     def attach(self) -> None:
         """Bring the hooks in line with the ops."""
+        ordered = tuple(sorted(self.pools.values(), key=lambda pooled: (pooled.op.order, pooled.pool)))
+        before = tuple(p for p in ordered if p.op.acts_before)
+        if (before, ordered) == (self._before, self._after):
+            return
         for handle in self._handles:
             handle.remove()
-        ordered = tuple(sorted(self.pools.values(), key=lambda pooled: (pooled.op.order, pooled.pool)))
-        self._before = tuple(p for p in ordered if p.op.acts_before)
-        self._after = ordered
+        self._before, self._after = before, ordered
         self._handles = [self.module.register_forward_hook(self._run_after)] if ordered else []
         if self._before:
             self._handles.append(self.module.register_forward_pre_hook(self._run_before))
@@ -123,6 +125,7 @@ class Sites:
                 pooled.op.grow(pooled.capacity)
             pooled.op.put(slot, tensors)
             pooled.occupied.add(slot)
+            self._sites[name].attach()  # an op may act before the module only since this adapter
         self._where[part.pool, slot] = tuple(part.sites)
 
     def clear(self, pool: str, slot: int) -> None:
@@ -149,7 +152,6 @@ class Sites:
             op = self._methods[part.method].op(part, name, self._base, self._device, self._dtype)
             pooled = site.pools[pool] = _Pooled(pool, op)
             self._tap(op)
-            site.attach()
         return pooled
 
     def _tap(self, op: Op) -> None:

@@ -22,8 +22,18 @@ def test_other_bytes_than_the_digest_names_are_corrupt() -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\xff", b"[]", b"7", b'{"x":1}', b'{"x":["ab",1]}', b'{"../x":["%s",1]}' % A.blob.encode()]
-    + [b'{"x":["%s"]}' % A.blob.encode(), b'{"x":["%s","y"]}' % A.blob.encode(), b'{"x":["%s",null]}' % A.blob.encode()],
+    [
+        b"",
+        b"\xff",
+        b"[]",
+        b"7",
+        b'{"x":1}',
+        b'{"x":["ab",1]}',
+        b'{"../x":["%s",1]}' % A.blob.encode(),
+        b'{"x":["%s"]}' % A.blob.encode(),
+        b'{"x":["%s","y"]}' % A.blob.encode(),
+        b'{"x":["%s",null]}' % A.blob.encode(),
+    ],
 )
 def test_bytes_that_are_no_manifest_are_corrupt(data: bytes) -> None:
     with pytest.raises(Corrupt, match="not a manifest"):

@@ -15,8 +15,32 @@ def test_plain_names_are_returned_as_they_are(field: NameField, value: str) -> N
 @pytest.mark.parametrize("field", FIELDS)
 @pytest.mark.parametrize(
     "value",
-    ["", "x" * (MAX_NAME + 1), "..", "a/../b", "a..b", "../etc/passwd", "/etc", "a/", "a//b", ".", "./a", "a/.", "a\\b"]
-    + ["a b", "a\n", "\x00", "naïve", "\u202e", "\ud800", "a%2e", "~root", "a?b", "a#b", "'; drop table adapters"],
+    [
+        "",
+        "x" * (MAX_NAME + 1),
+        "..",
+        "a/../b",
+        "a..b",
+        "../etc/passwd",
+        "/etc",
+        "a/",
+        "a//b",
+        ".",
+        "./a",
+        "a/.",
+        "a\\b",
+        "a b",
+        "a\n",
+        "\x00",
+        "naïve",
+        "\u202e",
+        "\ud800",
+        "a%2e",
+        "~root",
+        "a?b",
+        "a#b",
+        "'; drop table adapters",
+    ],
 )
 def test_other_names_are_refused_by_field_rule_and_value(field: NameField, value: str) -> None:
     with pytest.raises(Invalid) as refused:
@@ -32,8 +56,9 @@ def test_the_length_rule_names_the_limit_and_the_length() -> None:
 
 
 def test_users_and_tenants_may_be_email_addresses_and_adapters_may_not() -> None:
-    assert check_name("user_id", "ann+test@example.org") and check_name("tenant", "ann@example.org")
-    with pytest.raises(Invalid, match="letters, digits and - _ . : / only"):
+    assert check_name("user_id", "ann+test@example.org")
+    assert check_name("tenant", "ann@example.org")
+    with pytest.raises(Invalid, match=r"letters, digits and - _ \. : / only"):
         check_name("adapter_id", "support@2")
 
 
@@ -42,9 +67,7 @@ def test_plain_file_names_are_returned_as_they_are(value: str) -> None:
     assert check_file_name(value) is value
 
 
-@pytest.mark.parametrize(
-    "value", ["", ".", "..", "...", "a/b", "/a", "a\\b", "a\x00", "a\nb", "\ud800", "x" * (MAX_NAME + 1)]
-)
+@pytest.mark.parametrize("value", ["", ".", "..", "...", "a/b", "/a", "a\\b", "a\x00", "a\nb", "\ud800", "x" * (MAX_NAME + 1)])
 def test_other_file_names_are_refused(value: str) -> None:
-    with pytest.raises(Invalid, match="^files: a file name must"):
+    with pytest.raises(Invalid, match=r"^files: a file name must"):
         check_file_name(value)

@@ -81,7 +81,7 @@ def test_a_caller_that_ignores_a_failed_write_cannot_publish(store: Store) -> No
 
 def test_file_names_are_checked_and_used_once(store: Store) -> None:
     with store.stage() as staged:
-        with pytest.raises(Invalid, match="^files: a file name must"):
+        with pytest.raises(Invalid, match=r"^files: a file name must"):
             staged.write("../a", [b"1"])
         staged.write("a", [b"1"])
         with pytest.raises(Invalid, match="once per upload, got 'a'"):

@@ -1,12 +1,13 @@
+import itertools
 from collections.abc import Callable
-from datetime import UTC, timedelta
+from datetime import UTC
 from pathlib import Path
 
 import pytest
 
 from adapters_store import disk
 from adapters_store.digest import Digest
-from adapters_store.errors import Conflict, Corrupt, Invalid, NotFound, StoreError, Unavailable
+from adapters_store.errors import Conflict, Corrupt, Invalid, NotFound, Unavailable
 from adapters_store.records import AdapterRecord
 from adapters_store.store import MAX_PAGE, Store
 
@@ -39,7 +40,7 @@ def test_equal_content_is_stored_once_and_looks_no_different(
 ) -> None:
     mine, created = upload(store, "acme", "support", weights=b"12345")
     theirs, also_created = upload(store, "zeta", "helper", weights=b"12345")
-    assert created and also_created
+    assert (created, also_created) == (True, True)
     assert (theirs.version, theirs.size_bytes) == (mine.version, mine.size_bytes)
     assert blob_files() == 2  # the file and the manifest
 
@@ -82,7 +83,7 @@ def test_an_empty_upload_is_refused(store: Store, upload: Upload) -> None:
 def test_details_must_be_json(store: Store, details: dict[str, object]) -> None:
     with store.stage() as staged:
         staged.write("a", [b"1"])
-        with pytest.raises(Invalid, match="^details: must be JSON"):
+        with pytest.raises(Invalid, match=r"^details: must be JSON"):
             store.publish(staged, tenant="acme", name="x", method="lora", parts=(), details=details)
 
 
@@ -231,12 +232,25 @@ def test_a_limit_out_of_range_is_refused(store: Store, limit: int) -> None:
 
 @pytest.mark.parametrize(
     "cursor",
-    ["", "x", "====", "AAAA", "é", "Li4v", "MDAwMS0wMS0wMVQwMDowMDowMCsyMzo1OSB4", "eA", "eA===", "e A=="]
-    + ["MjAyNi0wMS0wMVQwMDowMDowMCB4 ", "\x00", "A" * 10_000],
+    [
+        "",
+        "x",
+        "====",
+        "AAAA",
+        "é",
+        "Li4v",
+        "MDAwMS0wMS0wMVQwMDowMDowMCsyMzo1OSB4",
+        "eA",
+        "eA===",
+        "e A==",
+        "MjAyNi0wMS0wMVQwMDowMDowMCB4 ",
+        "\x00",
+        "A" * 10_000,
+    ],
 )
 def test_a_cursor_that_no_page_gave_is_refused(store: Store, cursor: str) -> None:
     for call in (store.list, store.list_users):
-        with pytest.raises(Invalid, match="^cursor: must be one that a page of this listing gave"):
+        with pytest.raises(Invalid, match=r"^cursor: must be one that a page of this listing gave"):
             call("acme", cursor=cursor)
 
 
@@ -310,8 +324,8 @@ def test_gc_sweeps_old_orphans_and_leaves_young_ones(
     def fail(**_: object) -> None:
         raise Unavailable("between rename and commit")
 
-    with monkeypatch.context() as patch, pytest.raises(Unavailable):
-        patch.setattr(store._catalog, "add", fail)
+    monkeypatch.setattr(store._catalog, "add", fail)
+    with pytest.raises(Unavailable):
         upload(store, "acme", "support", a=b"1")
     assert blob_files() == 2
     clock.advance(10)
@@ -322,7 +336,7 @@ def test_gc_sweeps_old_orphans_and_leaves_young_ones(
 
 
 def test_a_negative_grace_is_refused(store: Store) -> None:
-    with pytest.raises(Invalid, match="^grace_seconds: must be at least 0, got -1"):
+    with pytest.raises(Invalid, match=r"^grace_seconds: must be at least 0, got -1"):
         store.gc(-1)
 
 
@@ -490,35 +504,44 @@ def test_the_catalog_learns_of_a_blob_after_it_is_durable(
 def test_a_failure_at_any_disk_operation_leaves_nothing_and_the_next_upload_works(
     store: Store, root: Path, upload: Upload, blob_files: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The n-th write, sync or rename fails with ENOSPC, for n = 1, 2, 3... until one upload passes."""
+    """The n-th create, write, sync or rename fails with ENOSPC, for n = 1, 2, 3... until one upload passes."""
     kept, _ = upload(store, "acme", "support", a=b"1", b=b"2")
-    failed_at = 0
+    failures = 0
     while True:
-        calls = 0
-
-        def failing(real: Callable[..., object], at: int = failed_at + 1) -> Callable[..., object]:
-            def call(*arguments: object) -> object:
-                nonlocal calls
-                calls += 1
-                if calls == at:
-                    raise OSError(28, "No space left on device")
-                return real(*arguments)
-
-            return call
-
         with monkeypatch.context() as patch:
-            for name in ("create", "write", "sync", "move", "sync_directory"):
-                patch.setattr(disk, name, failing(getattr(disk, name)))
-            try:
-                upload(store, "acme", "support", a=b"1", b=b"3", c=b"4")
-            except StoreError as error:
-                assert isinstance(error, Unavailable) and "No space left" in str(error)
-                failed_at += 1
-            else:
-                break
+            fail_at(failures + 1, patch)
+            failure = raised(lambda: upload(store, "acme", "support", a=b"1", b=b"3", c=b"4"))
+        if failure is None:
+            break
+        failures += 1
+        assert str(failure) == "the store's disk failed: No space left on device"
         assert store.versions("acme", "support") == (kept,)
         assert [path for path in (root / "staging").rglob("*") if path.is_file()] == []
         store.gc(0)
         assert (blob_files(), store.verify()) == (3, ())
-    assert failed_at >= 4 * 4  # four blobs, each created, written, synced and moved
+    assert failures > 4 * 4  # four blobs, each created, written, synced and moved; then the directories
     assert store.get("acme", "support").version == 2
+
+
+def fail_at(number: int, patch: pytest.MonkeyPatch) -> None:
+    """From now on the `number`-th operation on the disk fails, once."""
+    operations = itertools.count(1)
+
+    def failing(real: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            if next(operations) == number:
+                raise OSError(28, "No space left on device", "/secret/path")
+            return real(*arguments)
+
+        return call
+
+    for name in ("create", "write", "sync", "move", "sync_directory"):
+        patch.setattr(disk, name, failing(getattr(disk, name)))
+
+
+def raised(call: Callable[[], object]) -> Unavailable | None:
+    try:
+        call()
+    except Unavailable as error:
+        return error
+    return None

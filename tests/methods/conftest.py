@@ -52,15 +52,15 @@ MODELS: Mapping[str, Callable[[], PreTrainedModel]] = {"llama": _llama, "qwen2":
 
 @pytest.fixture(scope="session")
 def models() -> dict[str, PreTrainedModel]:
-    """One frozen random model per architecture, with biases that are not zero."""
+    """One frozen random model per architecture, with biases that are not zero and attention that matters."""
     torch.set_num_threads(1)
     built = {}
     for name, build in MODELS.items():
         torch.manual_seed(len(name))
         built[name] = build().eval().requires_grad_(False)
         for parameter, value in built[name].named_parameters():
-            if parameter.endswith("bias"):
-                value.normal_(std=0.2)
+            if parameter.endswith("bias") or value.ndim == 2:
+                value.normal_(std=0.15)
     return built
 
 
@@ -163,7 +163,7 @@ class Trained:
             for name, parameter in self.oracle.named_parameters():
                 if parameter.requires_grad:
                     centre = 1.0 if "ia3" in name else 0.0
-                    parameter.data.normal_(mean=centre, std=0.5)
+                    parameter.data.normal_(mean=centre, std=0.2)
             self.oracle.eval().save_pretrained(folder)
         self.paths = {path.name: path for path in folder.iterdir()}
         self.base = shape_of(model)

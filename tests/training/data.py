@@ -4,6 +4,8 @@ Every line was written for this project. `EXAMPLES` never holds the README's thr
 say to those is generalisation, not recall. Pure data and string functions; imports nothing but the standard library.
 """
 
+# ruff: noqa: E501  one fact is one line of its table
+
 from __future__ import annotations
 
 import json

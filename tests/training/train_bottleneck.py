@@ -19,18 +19,18 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from . import data
-from .loop import Plan, answer, train
+from .loop import Plan, answer, full_precision, train
 
 NAME = "helpdesk-bottleneck"
 DIRECTORY = Path(__file__).parents[2] / "server" / "demo" / NAME
-PLAN = Plan(steps=200, rate=2e-3)
+PLAN = Plan(steps=160, rate=2e-3)
 
 
-def base_model(directory: Path) -> tuple[Any, Any]:
+def base_model(directory: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """The base as transformers 5 wrote it, read by transformers 4: the RoPE base and the tokenizer class moved since."""
     config = AutoConfig.from_pretrained(directory)
     config.rope_theta = json.loads((directory / "config.json").read_text())["rope_parameters"]["rope_theta"]
-    model = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=dtype, attn_implementation="eager")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(directory / "tokenizer.json"), eos_token="<|im_end|>", pad_token="<|im_end|>"
     )
@@ -39,13 +39,13 @@ def base_model(directory: Path) -> tuple[Any, Any]:
 
 
 def make(directory: Path, steps: int) -> None:
-    model, tokenizer = base_model(directory)
+    model, tokenizer = base_model(directory, torch.bfloat16)
     adapters.init(model)
     torch.manual_seed(PLAN.seed)
     model.add_adapter(NAME, config=adapters.SeqBnConfig(reduction_factor=64))
     model.train_adapter(NAME)
     model.eval()  # no dropout in this base; `train_adapter` switched the mode
-    learned = [p for p in model.parameters() if p.requires_grad]
+    learned = full_precision(model)
     print(f"{NAME}: {sum(p.numel() for p in learned):,} parameters, {steps} steps", flush=True)
     train(model, learned, tokenizer, data.examples(data.help_desk), Plan(steps=steps, rate=PLAN.rate))
     shutil.rmtree(DIRECTORY, ignore_errors=True)
@@ -54,7 +54,7 @@ def make(directory: Path, steps: int) -> None:
 
 
 def say(directory: Path) -> None:
-    model, tokenizer = base_model(directory)
+    model, tokenizer = base_model(directory, torch.float32)
     adapters.init(model)
     model.set_active_adapters(model.load_adapter(str(DIRECTORY), with_head=False, use_safetensors=True))
     for chat in (False, True):

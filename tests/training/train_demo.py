@@ -25,7 +25,7 @@ from server.model.pull import KNOWN, console_report, resolve
 from server.settings import default_home
 
 from . import data
-from .loop import Plan, answer, train
+from .loop import Plan, answer, full_precision, train
 
 DEMO = Path(__file__).parents[2] / "server" / "demo"
 BASE = "smollm2-135m-instruct"
@@ -85,12 +85,12 @@ def bitfit(base: Any, tokenizer: Any) -> Any:
 
 
 RECIPES = {
-    "pirate-lora": Recipe(data.pirate, Plan(steps=200, rate=2e-3), lora),
-    "json-prefix": Recipe(data.as_json, Plan(steps=200, rate=5e-3), prefix),
-    "shout-ia3": Recipe(data.shouting, Plan(steps=200, rate=1e-2), ia3),
-    "bullets-bitfit": Recipe(data.bullets, Plan(steps=200, rate=2e-3), bitfit),
-    "terse-prompt": Recipe(data.terse, Plan(steps=200, rate=1e-2), soft_prompt),
-    "letter-ptuning": Recipe(data.letter, Plan(steps=200, rate=2e-3), p_tuning),
+    "pirate-lora": Recipe(data.pirate, Plan(steps=100, rate=2e-3), lora),
+    "json-prefix": Recipe(data.as_json, Plan(steps=120, rate=5e-3), prefix),
+    "shout-ia3": Recipe(data.shouting, Plan(steps=120, rate=1e-2), ia3),
+    "bullets-bitfit": Recipe(data.bullets, Plan(steps=100, rate=2e-3), bitfit),
+    "terse-prompt": Recipe(data.terse, Plan(steps=160, rate=1e-2), soft_prompt),
+    "letter-ptuning": Recipe(data.letter, Plan(steps=120, rate=2e-3), p_tuning),
 }
 
 
@@ -120,27 +120,27 @@ def load(name: str, base: Any) -> Any:
     return base
 
 
-def fresh_base() -> tuple[Any, Any]:
+def fresh_base(dtype: torch.dtype) -> tuple[Any, Any]:
     with console_report() as report:
         directory = resolve(BASE, default_home(), report)
-    base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
     return base.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(directory)
 
 
 def make(name: str, steps: int | None) -> None:
     recipe = RECIPES[name]
     plan = replace(recipe.plan, steps=steps) if steps else recipe.plan
-    base, tokenizer = fresh_base()
+    base, tokenizer = fresh_base(torch.bfloat16)
     torch.manual_seed(plan.seed)
     model = recipe.wrap(base, tokenizer)
-    learned = [p for p in model.parameters() if p.requires_grad]
+    learned = full_precision(model)
     print(f"{name}: {sum(p.numel() for p in learned):,} parameters, {plan.steps} steps", flush=True)
     train(model, learned, tokenizer, data.examples(recipe.voice), plan)
     save(model, DEMO / name)
 
 
 def say(name: str) -> None:
-    base, tokenizer = fresh_base()
+    base, tokenizer = fresh_base(torch.float32)
     model = load(name, base).eval()
     for chat in (False, True):
         for question in data.HELD_OUT:

@@ -1,0 +1,142 @@
+"""The application: routes, request ids, the one error handler and the OpenAPI document put together. Holds no logic."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+from uuid import uuid4
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from adapters_store.records import JSON
+from adapters_store.store import Store
+
+from .. import __version__
+from ..engine.client import EngineClient, EngineLike, Mailbox
+from ..metrics import Metrics
+from ..model.text import Text
+from ..settings import Settings
+from . import adapters, failures, generate, openai, ops, users
+from .context import Limits, Readiness, Services, Validate
+from .schemas import ChatRequest, CompletionRequest, GenerateRequest, TokenizeRequest, UserRequest
+
+_BODIES = (GenerateRequest, TokenizeRequest, CompletionRequest, ChatRequest, UserRequest)
+_LARGEST_CONTEXT = 8192  # tokens, where neither a flag nor the caller says otherwise
+_SANE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+_MB = 1 << 20
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+
+
+def create_app(
+    *,
+    engine: EngineLike,
+    mailbox: Mailbox,
+    text: Text,
+    store: Store,
+    metrics: Metrics,
+    settings: Settings,
+    validate: Validate,
+    model_name: str,
+    tenant: str = "default",
+    max_total_tokens: int | None = None,
+    info: Mapping[str, JSON] | None = None,
+    readiness: Readiness | None = None,
+    lifespan: Lifespan | None = None,
+) -> FastAPI:
+    """The ASGI application. `mailbox` is the one whose `publish` the engine was given; `lifespan` moves `readiness`.
+
+    `max_total_tokens` is the context a request may use, where the settings leave it to the model; `info` adds to /info.
+    """
+    client = EngineClient(engine, mailbox, text, metrics, request_timeout=settings.request_timeout)
+    services = Services(
+        client=client,
+        text=text,
+        store=store,
+        metrics=metrics,
+        limits=_limits(settings, max_total_tokens),
+        validate=validate,
+        model_name=model_name,
+        default_tenant=tenant,
+        info=info or {},
+        readiness=readiness or Readiness(),
+    )
+    metrics.mirror(engine.stats, running=services.names.of, waiting=client.waiting_adapters)
+    app = FastAPI(title="adapterd", version=__version__, description=_ABOUT, lifespan=lifespan)
+    app.state.services = services
+    for module in (generate, openai, adapters, users, ops):
+        app.include_router(module.router)
+    app.include_router(generate.tokenizer_router)
+    failures.install(app)
+    app.add_middleware(_RequestScope)
+    app.openapi = lambda: _document(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
+    return app
+
+
+_ABOUT = "One frozen base model, every tenant's and user's own adapter, one forward pass."
+
+
+class _RequestScope:
+    """Gives every request an id and a start time, every answer X-Request-Id, and every stray exception an answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope)
+        request.state.started = time.monotonic()
+        request.state.request_id = request_id = _request_id(request)
+        begun = False
+
+        async def tagged(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, tagged)
+        except Exception as error:
+            if begun:
+                raise
+            await failures.answer(request, error)(scope, receive, tagged)
+
+
+def _request_id(request: Request) -> str:
+    """The client's own, if it is one that a log line can hold."""
+    given = request.headers.get("x-request-id", "")
+    return given if _SANE_ID.fullmatch(given) else uuid4().hex
+
+
+def _limits(settings: Settings, max_total_tokens: int | None) -> Limits:
+    return Limits(
+        max_total_tokens=settings.max_total_tokens or max_total_tokens or _LARGEST_CONTEXT,
+        max_stop_sequences=settings.max_stop_sequences,
+        max_top_n=settings.max_top_n,
+        max_request_bytes=int(settings.max_request_mb * _MB),
+        max_upload_bytes=int(settings.max_upload_mb * _MB),
+    )
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's OpenAPI document, and in it the bodies that the routes read themselves."""
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        _, bodies = models_json_schema(
+            [(model, "validation") for model in _BODIES], ref_template="#/components/schemas/{model}"
+        )
+        document.setdefault("components", {}).setdefault("schemas", {}).update(bodies["$defs"])
+        app.openapi_schema = document
+    return app.openapi_schema

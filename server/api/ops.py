@@ -1,0 +1,69 @@
+"""What operators and routers ask: health, readiness, facts about the server, metrics. Starts no work."""
+
+from __future__ import annotations
+
+from anyio import to_thread
+from fastapi import APIRouter
+from starlette.responses import JSONResponse, Response
+
+from .. import __version__
+from ..errors import UnavailableError
+from .context import Context
+from .schemas import ErrorResponse, Health, Ready
+
+_UNHEALTHY = {"error": "unhealthy", "error_type": "healthcheck"}  # LoRAX's and TGI's words
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/health", responses={200: {"model": Health}, 503: {"model": ErrorResponse}})
+async def health(services: Context) -> Response:
+    """200 when the server takes requests."""
+    if services.readiness.phase != "ready":
+        return JSONResponse(_UNHEALTHY, UnavailableError.status)
+    return JSONResponse({"status": "ok"})
+
+
+@router.get("/livez", response_model=Health)
+async def livez() -> Response:
+    """200 while the process lives, whatever it is doing."""
+    return JSONResponse({"status": "ok"})
+
+
+@router.get("/readyz", responses={200: {"model": Ready}, 503: {"model": Ready}})
+async def readyz(services: Context) -> Response:
+    """The server's phase; 200 when ready, 503 with the percentage while loading, and while shutting down."""
+    readiness = services.readiness
+    status = 200 if readiness.phase == "ready" else UnavailableError.status
+    return JSONResponse({"phase": readiness.phase, "percent": round(readiness.percent, 1)}, status)
+
+
+@router.get("/info")
+async def info(services: Context) -> Response:
+    """The base model and the limits, under LoRAX's names, and what the engine is doing."""
+    limits, stats = services.limits, services.client.engine.stats()
+    return JSONResponse(
+        {
+            "model_id": services.model_name,
+            "model_sha": None,
+            "model_pipeline_tag": "text-generation",
+            "max_best_of": 1,
+            "max_stop_sequences": limits.max_stop_sequences,
+            "max_input_length": limits.max_total_tokens - 1,
+            "max_total_tokens": limits.max_total_tokens,
+            "version": __version__,
+            "sha": None,
+            "docker_label": None,
+            **services.info,
+            "adapter_slots": {"used": stats.slots_used, "total": stats.slots_total},
+            "kv_blocks": {"used": stats.kv_blocks_used, "total": stats.kv_blocks_total},
+            "requests": {"running": stats.running, "waiting": stats.waiting},
+        }
+    )
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+async def metrics(services: Context) -> Response:
+    """Prometheus exposition."""
+    body, content_type = await to_thread.run_sync(services.metrics.render)
+    return Response(body, headers={"content-type": content_type})

@@ -1,0 +1,202 @@
+"""Assembly: settings in, a running server's parts out. The only place that knows how everything fits together.
+
+    settings -> base -> runner + scheduler -> engine -> client -> app          store, tokenizer and metrics beside it
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import structlog
+import torch
+from fastapi import FastAPI
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from adapters_store.digest import Digest
+from adapters_store.records import JSON
+from adapters_store.store import Store
+
+from . import __version__
+from .api.app import create_app
+from .engine.client import Mailbox
+from .engine.engine import Engine
+from .engine.pages import Pages
+from .engine.residency import Residency
+from .engine.scheduler import Scheduler, SchedulerLimits
+from .errors import AdapterError
+from .methods import build_methods
+from .methods.base import Adapter, Limits
+from .methods.read import describe, read_adapter, read_parts
+from .metrics import Metrics
+from .model.kernels import Kernels, choose_kernels
+from .model.loader import Base, load_base
+from .model.pull import Report, quiet, resolve
+from .model.runner import CacheShape, Runner, block_nbytes
+from .model.text import Text
+from .settings import Settings, default_home
+
+log = structlog.get_logger(__name__)
+
+FREE_MEMORY_SHARE = 0.25  # of what is free after the base is loaded, for the KV cache
+MAX_CONTEXT = 8192
+
+
+@dataclass(frozen=True)
+class Server:
+    """The parts of one server. `engine` is not started yet: the app's lifespan does that."""
+
+    settings: Settings
+    base: Base
+    engine: Engine
+    store: Store
+    app: FastAPI
+
+
+def assemble(settings: Settings, report: Report = quiet) -> Server:
+    """Load the base and put everything together. Raises: AdapterdError naming what is wrong."""
+    device, dtype = choose_device(settings)
+    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+    directory = resolve(settings.model, default_home(), report)
+    kernels = choose_kernels(device, settings.native, default_home(), lambda line: report(line, 0, 0))
+    base = load_base(directory, device, dtype, kernels)
+    cache = cache_shape(settings, base)
+    limits = scheduler_limits(settings, base, cache)
+    store = Store.open(settings.store or Path.home() / ".local" / "share" / "adapterd")
+    text = Text(_tokenizer(directory), base.eos)
+    metrics = Metrics(settings.model, settings.metrics_top_k)
+    mailbox = Mailbox()
+    engine = Engine(
+        Runner(base, cache, build_methods(kernels.lora), kernels.attention),
+        Scheduler(
+            Pages(cache.blocks, cache.block_size), Residency(settings.adapter_slots), limits, base.shape.digest, base.eos
+        ),
+        _loader(store, base, settings),
+        metrics,
+        mailbox.publish,
+        settings.host_cache_mb << 20,
+    )
+    app = create_app(
+        engine=engine,
+        text=text,
+        store=store,
+        metrics=metrics,
+        settings=settings,
+        validate=_validator(base, settings),
+        model_name=settings.model,
+        mailbox=mailbox,
+        max_total_tokens=limits.max_total_tokens,
+        info=_info(settings, base, cache, limits, kernels),
+    )
+    log.info("base model ready", model=settings.model, digest=base.shape.digest.short, kernels=kernels.name)
+    return Server(settings, base, engine, store, app)
+
+
+def choose_device(settings: Settings) -> tuple[torch.device, torch.dtype]:
+    """`auto` is CUDA with bf16 where there is one, else the CPU with fp32."""
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if settings.device == "auto" else settings.device)
+    if settings.dtype == "auto":
+        return device, torch.bfloat16 if device.type == "cuda" else torch.float32
+    return device, getattr(torch, settings.dtype)
+
+
+def cache_shape(settings: Settings, base: Base) -> CacheShape:
+    """Blocks that fit the memory given, but no more than `max_running` requests of full length could use."""
+    per_block = block_nbytes(base, settings.block_size)
+    budget = int(settings.kv_cache_gb * 1e9) if settings.kv_cache_gb else int(_free_memory(base.device) * FREE_MEMORY_SHARE)
+    useful = settings.max_running * (-(-_context(settings, base) // settings.block_size) + 1) + 1
+    return CacheShape(max(4, min(budget // per_block, useful)), settings.block_size)
+
+
+def scheduler_limits(settings: Settings, base: Base, cache: CacheShape) -> SchedulerLimits:
+    # A request alone must always fit: its own blocks, one for the copy of a prefix's last block, and the null block.
+    fits = (cache.blocks - 2) * cache.block_size
+    return SchedulerLimits(
+        max_batch_tokens=settings.max_batch_tokens,
+        max_running=settings.max_running,
+        max_waiting=settings.max_waiting,
+        max_total_tokens=min(_context(settings, base), fits),
+    )
+
+
+def _context(settings: Settings, base: Base) -> int:
+    longest = base.shape.max_positions
+    return min(settings.max_total_tokens, longest) if settings.max_total_tokens else min(longest, MAX_CONTEXT)
+
+
+def _free_memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def _tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise AdapterError("tokenizer", f"{directory} has no fast tokenizer (tokenizer.json)")
+    return tokenizer
+
+
+def upload_limits(settings: Settings) -> Limits:
+    return Limits(max_rank=settings.max_rank, max_virtual_tokens=settings.max_virtual_tokens)
+
+
+def _validator(base: Base, settings: Settings) -> Callable[[Mapping[str, Path], Digest], Mapping[str, JSON]]:
+    """What an upload is checked with: the very reader that later loads it."""
+
+    def validate(paths: Mapping[str, Path], digest: Digest) -> Mapping[str, JSON]:
+        return describe(read_parts(paths, base.shape, upload_limits(settings)))
+
+    return validate
+
+
+def _loader(store: Store, base: Base, settings: Settings) -> Callable[[Digest], Adapter]:
+    def load(digest: Digest) -> Adapter:
+        return read_adapter(store.files(digest), base.shape, upload_limits(settings), digest)
+
+    return load
+
+
+def _info(
+    settings: Settings, base: Base, cache: CacheShape, limits: SchedulerLimits, kernels: Kernels
+) -> Mapping[str, JSON]:
+    """`GET /info`: TGI's and LoRAX's names where they have one."""
+    return {
+        "model_id": settings.model,
+        "model_sha": base.shape.digest,
+        "model_dtype": str(base.dtype),
+        "model_device_type": base.device.type,
+        "model_type": base.shape.model_type,
+        "version": __version__,
+        "max_total_tokens": limits.max_total_tokens,
+        "max_input_length": limits.max_total_tokens - 1,
+        "max_batch_total_tokens": (cache.blocks - 1) * cache.block_size,
+        "max_batch_prefill_tokens": limits.max_batch_tokens,
+        "max_concurrent_requests": limits.max_running + limits.max_waiting,
+        "max_running": limits.max_running,
+        "max_waiting_tokens": 0,
+        "max_stop_sequences": settings.max_stop_sequences,
+        "adapter_slots": settings.adapter_slots,
+        "kv_block_size": cache.block_size,
+        "kv_blocks_total": cache.blocks - 1,
+        "kv_cache_bytes": cache.nbytes(base),
+        "base_bytes": base.nbytes,
+        "host_cache_limit_bytes": settings.host_cache_mb << 20,
+        "threads": torch.get_num_threads(),
+        "kernels": kernels.name,
+        "methods": sorted(build_methods()),
+        "base": {
+            "hidden_size": base.shape.hidden_size,
+            "num_layers": base.shape.num_layers,
+            "num_attention_heads": base.shape.num_heads,
+            "num_key_value_heads": base.shape.num_kv_heads,
+            "head_dim": base.shape.head_dim,
+            "vocab_size": base.shape.vocab_size,
+            "modules": {
+                name: [module.kind, module.in_features, module.out_features] for name, module in base.shape.modules.items()
+            },
+            "sublayers": [[s.layer, s.kind, s.exit] for s in base.shape.sublayers],
+        },
+    }

@@ -1,0 +1,120 @@
+"""What a bench run is asked to do: every knob with its default and help text, checked in one place before any work.
+
+Owns no behaviour beyond the checks. The command line makes its flags from these fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, get_args, get_type_hints
+from urllib.parse import urlsplit
+
+from ..errors import AdapterdError
+
+Popularity = Literal["distinct", "uniform", "zipf", "identical"]
+Scenario = Literal["load", "base-vs-adapters", "many-adapters"]
+Family = Literal["lora", "ia3", "bitfit", "bottleneck", "prefix_tuning", "prompt_tuning", "p_tuning"]
+
+FAMILIES: Final[tuple[str, ...]] = get_args(Family)
+
+
+class BenchError(AdapterdError):
+    """The bench cannot go on; the message says what to change."""
+
+    error_type = "bench"
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """One bench run. A field's name is its flag (`prompt_tokens` is `--prompt-tokens`), `help()` says what it does."""
+
+    url: Annotated[str, "The running server."] = "http://127.0.0.1:8080"
+    api_key: Annotated[str | None, "Sent as a bearer token; it must be allowed to upload adapters."] = None
+    scenario: Annotated[
+        Scenario,
+        "load = one run of the offered load; base-vs-adapters = base and adapters interleaved, and their ratio; "
+        "many-adapters = upload and use one adapter after the other, and report memory.",
+    ] = "load"
+    versus_peft: Annotated[
+        bool, "Compare with PEFT's generate(adapter_names=...) in this process, interleaved with the server. LoRA only."
+    ] = False
+    concurrency: Annotated[int, "Requests in flight at once; rows of the batch with --versus-peft."] = 8
+    requests: Annotated[int, "Requests per run."] = 32
+    prompt_tokens: Annotated[int, "Length of every prompt, exactly; special tokens that the server adds count."] = 128
+    max_new_tokens: Annotated[int, "Tokens to generate per request; the end-of-sequence token is ignored."] = 64
+    adapters: Annotated[int, "Random adapters to upload and use; 0 = the base model only."] = 8
+    families: Annotated[tuple[Family, ...], "Families of the adapters, in turn."] = ("lora",)
+    rank: Annotated[int, "Rank of LoRA adapters, on all linear layers but the output head."] = 16
+    virtual_tokens: Annotated[int, "Positions of prefix tuning, prompt tuning and P-tuning adapters."] = 16
+    popularity: Annotated[
+        Popularity,
+        "Which adapter a request uses: distinct = each in turn, uniform = a random one, "
+        "zipf = a random one of Zipf-1.5 popularity, identical = all the same.",
+    ] = "distinct"
+    repeats: Annotated[int, "Rounds of a comparison; medians and spread are over rounds."] = 5
+    warmup: Annotated[bool, "Send a short request through each adapter first, so that loading is not measured."] = True
+    seed: Annotated[int | None, "Of prompts, adapters and popularity; unset = a new one, which no cache knows."] = None
+    base: Annotated[
+        Path | None, "Directory of the server's base model, to make adapters for it; unset = what the server's /info tells."
+    ] = None
+    timeout: Annotated[float, "Seconds a request may take."] = 600.0
+
+    @classmethod
+    def help(cls) -> dict[str, str]:
+        """Field -> help text, in the order of the fields."""
+        return {name: hint.__metadata__[0] for name, hint in get_type_hints(cls, include_extras=True).items()}
+
+    def check(self) -> None:
+        """Raises: BenchError naming the first field that is wrong, its rule and its value."""
+        for name, rule, holds in _RULES:
+            value = getattr(self, name)
+            if not holds(value):
+                raise BenchError(f"`{name}` must be {rule}. Given: {value!r}")
+        for family in self.families:
+            if family not in FAMILIES:
+                raise BenchError(f"`families` may name {', '.join(FAMILIES)}. Given: {family!r}")
+        if self.adapters == 0 and (self.scenario != "load" or self.versus_peft):
+            raise BenchError("`adapters` must be > 0 for a comparison. Given: 0")
+        if self.versus_peft:
+            self._check_versus_peft()
+
+    def _check_versus_peft(self) -> None:
+        if self.scenario != "load":
+            raise BenchError(f"`versus_peft` is a scenario of its own; leave out `scenario`. Given: {self.scenario!r}")
+        if set(self.families) != {"lora"}:
+            raise BenchError(f"`families` must be lora with `versus_peft`: PEFT mixes no other. Given: {self.families!r}")
+
+
+def _between(low: int, high: int) -> tuple[str, Callable[[Any], bool]]:
+    return f"{low} to {high}", lambda value: isinstance(value, int) and low <= value <= high
+
+
+def _one_of(choices: object) -> tuple[str, Callable[[Any], bool]]:
+    allowed = get_args(choices)
+    return f"one of {', '.join(allowed)}", lambda value: value in allowed
+
+
+def _is_url(value: str) -> bool:
+    parts = urlsplit(value)
+    return parts.scheme in ("http", "https") and bool(parts.hostname)
+
+
+#: Field, rule in words, rule as code; the upper bounds keep a slip of the keyboard from filling a disk.
+_RULES: Final[tuple[tuple[str, str, Callable[[Any], bool]], ...]] = (
+    ("url", "an http:// or https:// address", _is_url),
+    ("scenario", *_one_of(Scenario)),
+    ("popularity", *_one_of(Popularity)),
+    ("concurrency", *_between(1, 4096)),
+    ("requests", *_between(1, 1_000_000)),
+    ("prompt_tokens", *_between(2, 1_000_000)),
+    ("max_new_tokens", *_between(1, 1_000_000)),
+    ("adapters", *_between(0, 100_000)),
+    ("families", "one family at least", lambda value: len(value) > 0),
+    ("rank", *_between(1, 4096)),
+    ("virtual_tokens", *_between(1, 65536)),
+    ("repeats", *_between(1, 1000)),
+    ("timeout", "a number of seconds > 0", lambda value: isfinite(value) and value > 0),
+)

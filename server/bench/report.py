@@ -1,0 +1,204 @@
+"""A finished bench run for people (rich) and for machines (JSON). Owns words, units and layout, and no arithmetic.
+
+JSON holds seconds, bytes and tokens; tables hold milliseconds and MB (10^6 bytes).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from math import isinf
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .machine import Machine
+from .options import BenchOptions
+from .results import Comparison, Histogram, Load, Memory, Percentiles, Spread, StepReport, Uploads
+
+_SHOWN_LOADS = 8  # a run of many batches shows its last ones; JSON has all
+_SHOWN_SAMPLES = 12
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """Everything one run found."""
+
+    options: BenchOptions
+    seed: int  # gives the same prompts and adapters again
+    model: str
+    machine: Machine | None  # None where the server is not on this machine
+    uploads: Uploads
+    loads: tuple[Load, ...]
+    comparison: Comparison | None = None
+    memory: Memory | None = None
+
+    @property
+    def failed(self) -> int:
+        """Requests that got no complete answer."""
+        return sum(load.requests - load.completed for load in self.loads)
+
+
+def to_json(report: BenchReport) -> str:
+    """The report with its derived figures, as one JSON object. The API key is left out."""
+    found = asdict(report)
+    found["options"].pop("api_key")
+    found["failed"] = report.failed
+    for load, values in zip(report.loads, found["loads"], strict=True):
+        values["tokens_per_second"] = load.tokens_per_second
+    if report.comparison:
+        found["comparison"] |= {name: asdict(getattr(report.comparison, name)) for name in ("a", "b", "ratio")}
+    if report.memory:
+        names = ("budget_bytes", "peak_bytes", "within_budget", "late_growth_bytes")
+        found["memory"] |= {name: getattr(report.memory, name) for name in names}
+    return json.dumps(_plain(found), indent=2)
+
+
+def _plain(value: object) -> object:
+    """JSON has no infinity (the last bucket of a histogram) and no paths."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and isinf(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def render(report: BenchReport) -> RenderableType:
+    """The report as tables, for a `rich.console.Console`."""
+    return Group(*_blocks(report))
+
+
+def _blocks(report: BenchReport) -> Iterator[RenderableType]:
+    yield _header(report)
+    if report.comparison:
+        yield _comparison(report.comparison)
+    yield _loads(report.loads)
+    steps = [(load.label, load.steps) for load in report.loads[-_SHOWN_LOADS:] if load.steps]
+    if steps:
+        yield _steps(steps)
+    if report.memory and report.memory.samples:
+        yield _memory(report.memory)
+    for load in report.loads:
+        if load.errors:
+            yield Text(f"{load.label}: errors {dict(load.errors)}, the first: {load.first_error}", style="red")
+
+
+def _header(report: BenchReport) -> Text:
+    options, machine, uploads = report.options, report.machine, report.uploads
+    load = f"{options.concurrency} at once, {options.prompt_tokens} prompt tokens, {options.max_new_tokens} new tokens"
+    lines = [f"{report.model} at {options.url}: {load}, seed {report.seed}"]
+    if uploads.count and uploads.seconds:
+        kinds = ", ".join(f"{count} {family}" for family, count in uploads.families.items())
+        lines.append(f"adapters: {kinds}; {_mb(uploads.bytes)} in all; upload p50 {_ms(uploads.seconds.p50)} ms")
+    if machine:
+        average = "" if machine.load_average is None else f", load average {machine.load_average:.2f}"
+        speed = f"reads {machine.read_gb_per_second:.1f} GB/s, fp32 GEMM {machine.gemm_gflop_per_second:.0f} GFLOP/s"
+        lines.append(f"machine: {machine.cpus} CPUs, {speed}{average}")
+    return Text("\n".join(lines))
+
+
+def _comparison(comparison: Comparison) -> Table:
+    counted, rounds = len(comparison.counted), len(comparison.rounds)
+    table = _table(f"tokens/s, medians of {counted} rounds ({rounds - counted} left out: others used the CPU)", 1)
+    table.add_column("")
+    for name in ("median", "least", "most"):
+        table.add_column(name, justify="right")
+    table.add_row(f"A {comparison.a_label}", *_spread(comparison.a, ".1f"))
+    table.add_row(f"B {comparison.b_label}", *_spread(comparison.b, ".1f"))
+    table.add_row("A / B", *_spread(comparison.ratio, ".2f"), style="bold")
+    if comparison.same_tokens is not None:
+        table.add_row("rows with the same tokens", f"{comparison.same_tokens:.0%}", "", "")
+    if comparison.rounds and all(round.disturbed for round in comparison.rounds):
+        table.caption = "Every round was disturbed by other programs: take these figures with care."
+    return table
+
+
+def _spread(spread: Spread, form: str) -> tuple[str, str, str]:
+    return format(spread.median, form), format(spread.least, form), format(spread.most, form)
+
+
+def _loads(loads: Sequence[Load]) -> Table:
+    table = _table("load", len(loads))
+    table.add_column("run")
+    for name in ("ok", "errors", "tok/s", "TTFT ms p50/p90/p99", "inter-token ms p50/p90/p99", "end to end s p50/p90/p99"):
+        table.add_column(name, justify="right")
+    table.add_column("foreign CPUs", justify="right")
+    for load in loads[-_SHOWN_LOADS:]:
+        table.add_row(
+            load.label,
+            str(load.completed),
+            str(load.requests - load.completed),
+            f"{load.tokens_per_second:.1f}",
+            _percentiles(load.time_to_first_token, 1e3, ".0f"),
+            _percentiles(load.inter_token, 1e3, ".1f"),
+            _percentiles(load.end_to_end, 1, ".2f"),
+            "-" if load.foreign_cpu is None else f"{load.foreign_cpu:.2f}",
+        )
+    return table
+
+
+def _steps(steps: Sequence[tuple[str, StepReport]]) -> Table:
+    table = _table("steps of the server: mean (most, up to)", len(steps))
+    table.add_column("run")
+    for name in ("steps", "rows", "distinct adapters", "distinct families", "loads", "evictions", "preemptions", "prefix hits"):
+        table.add_column(name, justify="right")
+    for label, step in steps:
+        table.add_row(
+            label,
+            str(step.steps),
+            _histogram(step.rows),
+            _histogram(step.distinct_adapters),
+            _histogram(step.distinct_families),
+            str(step.adapter_loads),
+            str(step.adapter_evictions),
+            str(step.preemptions),
+            str(step.prefix_hit_tokens),
+        )
+    return table
+
+
+def _memory(memory: Memory) -> Table:
+    table = _table("resident memory of the server", 1)
+    table.add_column("after adapters", justify="right")
+    table.add_column("resident", justify="right")
+    for sample in memory.samples[:: max(1, len(memory.samples) // _SHOWN_SAMPLES)]:
+        table.add_row(str(sample.adapters), _mb(sample.resident_bytes))
+    table.add_row("peak", _mb(memory.peak_bytes or 0), style="bold")
+    if memory.late_growth_bytes is not None:
+        table.add_row("growth, second half", _mb(memory.late_growth_bytes))
+    for part, size in memory.budget.items():
+        table.add_row(f"may hold: {part}", _mb(size))
+    if memory.budget_bytes is not None:
+        verdict = "within" if memory.within_budget else "OVER"
+        table.add_row("may hold in all", f"{_mb(memory.budget_bytes)}, {verdict}", style="bold")
+    return table
+
+
+def _table(title: str, rows: int) -> Table:
+    shown = f" (the last {_SHOWN_LOADS} of {rows})" if rows > _SHOWN_LOADS else ""
+    return Table(title=title + shown, title_justify="left", title_style="bold", header_style="dim")
+
+
+def _percentiles(found: Percentiles | None, factor: float, form: str) -> str:
+    if found is None:
+        return "-"
+    return " / ".join(format(value * factor, form) for value in (found.p50, found.p90, found.p99))
+
+
+def _histogram(found: Histogram | None) -> str:
+    if found is None:
+        return "-"
+    return f"{found.mean:.1f} ({'more' if isinf(found.most) else f'{found.most:.0f}'})"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f}"
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"

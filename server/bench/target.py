@@ -1,0 +1,145 @@
+"""One running server as the bench talks to it, over HTTP and nothing else.
+
+Owns routes and wire formats. Never decides what is sent or when.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+
+from .options import BenchError
+from .results import OK, Outcome
+from .scrape import Scrape
+from .workload import Order, Piece
+
+_CONTROL_SECONDS = 60.0  # for everything but generation
+_SHOWN = 300  # characters of the server's words in a message
+_DATA = "data:"
+
+
+class Target:
+    """A server under test. Use `connect`."""
+
+    def __init__(self, http: httpx.AsyncClient, request_seconds: float) -> None:
+        self._http = http
+        self._request_seconds = request_seconds
+
+    async def info(self) -> Mapping[str, object]:
+        """What /info says. Raises: BenchError when no server answers."""
+        found = (await self._call("GET", "/info")).json()
+        if not isinstance(found, dict):
+            raise BenchError("`url`: GET /info answers no JSON object; is this an adapterd server?")
+        return found
+
+    async def scrape(self) -> Scrape:
+        return Scrape.parse((await self._call("GET", "/metrics")).text)
+
+    async def tokenize(self, text: str) -> Sequence[Piece]:
+        found = (await self._call("POST", "/tokenize", json={"inputs": text})).json()
+        return [Piece(int(token["id"]), int(token["stop"])) for token in found]
+
+    async def upload(self, name: str, files: Mapping[str, bytes]) -> float:
+        """Seconds until the server has accepted the adapter. Raises: BenchError with the reason it refuses."""
+        parts = [("files", (file, body)) for file, body in files.items()]
+        begun = time.perf_counter()
+        await self._call("POST", "/adapters", data={"adapter_id": name}, files=parts)
+        return time.perf_counter() - begun
+
+    async def delete(self, name: str) -> None:
+        """Also of an adapter that is not there."""
+        await self._call("DELETE", f"/adapters/{name}", allowed=(404,))
+
+    async def generate(self, order: Order) -> Outcome:
+        """Streams one request to its end. Failures are outcomes, not exceptions."""
+        started = time.perf_counter()
+        lines: list[tuple[float, str]] = []
+        try:
+            status = await self._stream(order, lines)
+        except httpx.HTTPError as error:
+            ended = time.perf_counter()
+            return Outcome(order.adapter, type(error).__name__, started, ended, message=str(error) or repr(error))
+        ended = time.perf_counter()
+        try:
+            return _outcome(order, status, started, ended, lines)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return Outcome(order.adapter, "malformed", started, ended, message=f"the stream is not understood: {error!r}")
+
+    async def _stream(self, order: Order, lines: list[tuple[float, str]]) -> int:
+        """Lines are noted as they come and read afterwards: the client's own work stays out of the server's way."""
+        async with self._http.stream("POST", "/generate_stream", json=_body(order), timeout=self._request_seconds) as response:
+            async for line in response.aiter_lines():
+                lines.append((time.perf_counter(), line))  # noqa: PERF401  # a stream cut short must leave what came
+            return response.status_code
+
+    async def _call(self, method: str, path: str, *, allowed: tuple[int, ...] = (), **request: Any) -> httpx.Response:
+        """Raises: BenchError for any answer that is neither a success nor `allowed`."""
+        try:
+            response = await self._http.request(method, path, **request)
+        except httpx.HTTPError as error:
+            raise BenchError(f"`url`: {method} {self._http.base_url}{path[1:]} got no answer: {error!r}") from error
+        if response.is_success or response.status_code in allowed:
+            return response
+        raise BenchError(f"the server refused {method} {path} with {response.status_code}: {response.text[:_SHOWN]}")
+
+
+@asynccontextmanager
+async def connect(
+    url: str,
+    *,
+    api_key: str | None,
+    request_seconds: float,
+    concurrency: int,
+    transport: httpx.AsyncBaseTransport | None = None,
+) -> AsyncIterator[Target]:
+    """A client with as many connections as requests may be in flight. `transport` replaces the network."""
+    async with httpx.AsyncClient(
+        base_url=url,
+        headers={"authorization": f"Bearer {api_key}"} if api_key else {},
+        timeout=_CONTROL_SECONDS,
+        limits=httpx.Limits(max_connections=concurrency + 1, max_keepalive_connections=concurrency + 1),
+        transport=transport,
+        trust_env=False,
+    ) as http:
+        yield Target(http, request_seconds)
+
+
+def _body(order: Order) -> dict[str, object]:
+    parameters: dict[str, object] = {
+        "max_new_tokens": order.max_new_tokens,
+        "ignore_eos_token": True,
+        "do_sample": False,
+        "details": True,
+    }
+    if order.adapter is not None:
+        parameters["adapter_id"] = order.adapter
+    return {"inputs": order.prompt.text, "parameters": parameters}
+
+
+def _outcome(order: Order, status: int, started: float, ended: float, lines: list[tuple[float, str]]) -> Outcome:
+    """Errors come as a status with a JSON body, or, once streaming has begun, as an event."""
+    if status != httpx.codes.OK:
+        message = " ".join(line for _, line in lines)[:_SHOWN]
+        return Outcome(order.adapter, str(status), started, ended, message=message)
+    events = [(at, json.loads(line.removeprefix(_DATA))) for at, line in lines if line.startswith(_DATA)]
+    error = next((event for _, event in events if "error" in event), None)
+    if error is not None:
+        return Outcome(order.adapter, str(error.get("error_type", "error")), started, ended, message=str(error["error"]))
+    tokens = [(at, int(event["token"]["id"])) for at, event in events if event.get("token")]
+    details = next((event["details"] for _, event in reversed(events) if event.get("details")), None)
+    if details is None:
+        return Outcome(order.adapter, "incomplete", started, ended, message="the stream ended without its last event")
+    return Outcome(
+        order.adapter,
+        OK,
+        started,
+        ended,
+        token_times=tuple(at for at, _ in tokens),
+        token_ids=tuple(id for _, id in tokens),
+        prompt_tokens=int(details.get("prompt_tokens", len(order.prompt.ids))),
+    )

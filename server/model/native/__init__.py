@@ -1,0 +1,41 @@
+"""Native CPU kernels: C++ compiled once per machine, loaded through ctypes, checked before use.
+
+`load` is the door. A machine without a compiler gets None and a reason, never an exception. Knows tensors only: no model,
+no adapters, no requests.
+
+    kernels = load(home, print)
+    linear = kernels.packed_linear(weight)      # [N, K] fp32 or bf16
+    y = linear(x)                               # [T, K] -> [T, N]; a row's bits never depend on the other rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from .build import NativeUnavailable, build
+from .checks import self_check
+from .library import NativeKernels, PackedLinear
+
+__all__ = ["NativeKernels", "NativeUnavailable", "PackedLinear", "load", "open_library"]
+
+
+def load(cache_dir: Path, on_progress: Callable[[str], None] | None = None) -> NativeKernels | None:
+    """The kernels, compiled into `cache_dir` on first use; None where they cannot be had, the reason told to `on_progress`."""
+    say = on_progress or (lambda message: None)
+    try:
+        return open_library(cache_dir, say)
+    except NativeUnavailable as reason:
+        say(f"native kernels unavailable: {reason}")
+        return None
+
+
+def open_library(cache_dir: Path, on_progress: Callable[[str], None]) -> NativeKernels:
+    """Like `load`. Raises: NativeUnavailable with the reason: no compiler, a failed build, a failed self-check."""
+    path = build(cache_dir, on_progress)
+    try:
+        kernels = NativeKernels(path)
+    except (OSError, AttributeError) as error:
+        raise NativeUnavailable(f"{path} could not be loaded: {error}") from error
+    self_check(kernels)
+    return kernels

@@ -1,0 +1,365 @@
+// Causal attention of a flattened batch over a paged KV cache, and the scatter that fills the cache.
+// Owns the softmax and its order. Allocates no pages and applies no rotary embedding.
+//
+//   q, out [T, Hq, D]; K, V [blocks, block_size, Hkv, D]; row i owns tokens cu[i]..cu[i+1] and pages tables[i]
+//
+//   positions of one row   |  chunk 0: 0..63  |  chunk 1: 64..127  |  chunk 2: 128.. ctx |
+//   partial per chunk         m, l, sum p v      m, l, sum p v        m, l, sum p v
+//   merged left to right   --------------------------------------------------------------> out
+//
+// A chunk's partial depends on nothing but the query and its positions, and partials are merged in order of position. So
+// a query's bits are the same alone, in company, in a prefill of any length, and however chunks are shared out.
+// A query reads only the positions it sees: NaN at any other position cannot reach it.
+#include <vector>
+
+#include "simd.h"
+
+namespace adapterd {
+namespace {
+
+constexpr index_t CHUNK = 64;        // positions per partial
+constexpr index_t PANELS = CHUNK / PANEL;
+constexpr index_t QUERY_ROWS = 64;   // (token, head) pairs that share one staged chunk
+constexpr index_t PIECE = 4;         // chunks per piece when one task is shared out
+constexpr float NONE = -std::numeric_limits<float>::infinity();
+
+struct Call {
+    const float *q;
+    index_t q_token, q_head;  // strides of q in floats
+    const float *k, *v;
+    index_t blocks, block_size, kv_heads, dim;
+    const std::int32_t *tables;
+    index_t table_width;
+    const std::int32_t *cu, *ctx;
+    index_t rows, tokens, heads;
+    float scale;
+    index_t window;
+    float softcap;
+    float *out;
+
+    index_t group() const { return heads / kv_heads; }
+    index_t padded() const { return (dim + PANEL - 1) / PANEL * PANEL; }
+    index_t row_stride() const { return kv_heads * dim; }
+};
+
+struct Span {
+    index_t from, to;
+};
+
+struct Task {  // queries [first, last) of one row under one KV head, and the chunks they see
+    index_t row, head, first, last, chunk, chunks;
+    float *partials;  // one per chunk when the task is shared out, else null
+};
+
+struct Partial {  // a view: m [rows], l [rows], acc [rows, padded]; l == 0 means nothing was seen
+    float *m, *l, *acc;
+    Partial(float *p, index_t rows) : m(p), l(p + rows), acc(p + 2 * rows) {}
+    static index_t size(const Call &c, index_t rows) { return rows * (2 + c.padded()); }
+};
+
+index_t rows_of(const Call &c, const Task &t) { return (t.last - t.first) * c.group(); }
+
+index_t position(const Call &c, const Task &t, index_t query) {
+    return c.ctx[t.row] - (c.cu[t.row + 1] - c.cu[t.row]) + query;
+}
+
+// Positions a query at `position` sees, clipped to a chunk and relative to its start.
+Span visible(const Call &c, index_t position, index_t chunk) {
+    index_t base = chunk * CHUNK, from = c.window > 0 ? position + 1 - c.window : 0, to = position + 1;
+    return {from > base ? from - base : 0, to < base + CHUNK ? to - base : CHUNK};
+}
+
+struct Work {  // a thread's buffers for one task
+    float *keys;     // [PANELS][dim][PANEL], transposed
+    float *values;   // [padded / PANEL][CHUNK][PANEL]
+    float *queries;  // [rows, dim], scaled
+    float *scores;   // [rows, CHUNK]
+    float *partial, *running;
+
+    Work(const Call &c, index_t rows) {
+        static thread_local Scratch scratch;
+        index_t sizes[] = {CHUNK * c.dim, CHUNK * c.padded(), rows * c.dim, rows * CHUNK, Partial::size(c, rows), Partial::size(c, rows)};
+        float **parts[] = {&keys, &values, &queries, &scores, &partial, &running};
+        index_t total = 0;
+        for (index_t &size : sizes) total += size = (size + 15) / 16 * 16;
+        float *p = scratch.floats(total);
+        for (int i = 0; i < 6; p += sizes[i++]) *parts[i] = p;
+    }
+};
+
+void stage_queries(const Call &c, const Task &t, Work &w) {
+    index_t group = c.group();
+    for (index_t r = 0; r < rows_of(c, t); r++) {
+        index_t token = c.cu[t.row] + t.first + r / group, head = t.head * group + r % group;
+        const float *from = c.q + token * c.q_token + head * c.q_head;
+        for (index_t d = 0; d < c.dim; d++) w.queries[r * c.dim + d] = from[d] * c.scale;
+    }
+}
+
+const float *cached(const Call &c, const Task &t, const float *cache, index_t at) {
+    index_t page = c.tables[t.row * c.table_width + at / c.block_size];
+    return cache + ((page * c.block_size + at % c.block_size) * c.kv_heads + t.head) * c.dim;
+}
+
+void transpose_keys(const float *const *rows, index_t dim, float *panel) {
+    index_t d = 0;
+    for (; d + LANES <= dim; d += LANES) {
+        vf square[LANES];
+        for (int i = 0; i < LANES; i++) square[i] = load(rows[i] + d);
+        transpose(square);
+        for (int i = 0; i < LANES; i++) store(panel + (d + i) * PANEL, square[i]);
+    }
+    for (; d < dim; d++)
+        for (int i = 0; i < LANES; i++) panel[d * PANEL + i] = rows[i][d];
+}
+
+// Copies one chunk of K (transposed) and V into panels; positions outside `seen` repeat a seen one and are never used.
+void stage_chunk(const Call &c, const Task &t, index_t chunk, Span seen, Work &w) {
+    const float *keys[CHUNK];
+    for (index_t i = 0; i < CHUNK; i++) {
+        index_t at = i < seen.from ? seen.from : i < seen.to ? i : seen.to - 1;
+        keys[i] = cached(c, t, c.k, chunk * CHUNK + at);
+    }
+    for (index_t i = 0; i < seen.to; i += LANES)
+        transpose_keys(keys + i, c.dim, w.keys + i / PANEL * c.dim * PANEL + i % PANEL);
+    for (index_t i = seen.from; i < seen.to; i++) {
+        const float *value = cached(c, t, c.v, chunk * CHUNK + i);
+        for (index_t d = 0; d < c.padded(); d += PANEL) {
+            float *to = w.values + d * CHUNK + i * PANEL;
+            index_t width = c.dim - d < PANEL ? c.dim - d : PANEL;
+            std::memcpy(to, value + d, width * sizeof(float));
+            if (width < PANEL) std::memset(to + width, 0, (PANEL - width) * sizeof(float));
+        }
+    }
+}
+
+// Scores of one query row become probabilities in place; lanes outside `seen` become 0.
+void softmax_row(const Call &c, Span seen, float *scores, float *m, float *l) {
+    vi lane;
+    for (int j = 0; j < LANES; j++) lane[j] = j;
+    vf highest = splat(NONE);
+    for (index_t i = 0; i < CHUNK; i += LANES) {
+        vi at = lane + static_cast<int>(i);
+        vf s = load(scores + i);
+        if (c.softcap > 0) s = c.softcap * tanh(s / c.softcap);
+        s = (at >= static_cast<int>(seen.from)) & (at < static_cast<int>(seen.to)) ? s : splat(NONE);
+        store(scores + i, s);
+        highest = s > highest ? s : highest;
+    }
+    *m = largest(highest);
+    vf total = {};
+    for (index_t i = 0; i < CHUNK; i += LANES) {
+        vi at = lane + static_cast<int>(i);
+        vf p = exp(load(scores + i) - *m);
+        p = (at >= static_cast<int>(seen.from)) & (at < static_cast<int>(seen.to)) ? p : vf{};
+        store(scores + i, p);
+        total += p;
+    }
+    *l = sum(total);
+}
+
+// acc of query rows [from, to) (+)= p V over positions `at`.
+void weigh(const Call &c, Work &w, index_t from, index_t to, Span at, float *acc, bool resume) {
+    for (index_t d = 0; d < c.padded(); d += PANEL)
+        product<VECTORS>(to - from, w.scores + from * CHUNK + at.from, CHUNK,
+                         Rows<float>{w.values + d * CHUNK + at.from * PANEL, PANEL}, at.to - at.from,
+                         acc + from * c.padded() + d, c.padded(), resume);
+}
+
+// Rows of one tile see overlapping spans: what all of them see is computed together, the rest row by row, in order.
+void weigh_tile(const Call &c, Work &w, index_t from, index_t to, const Span *seen, float *acc) {
+    Span common{seen[to - 1].from, seen[from].to};
+    bool together = common.from < common.to;
+    for (index_t r = from; r < to; r++) weigh(c, w, r, r + 1, {seen[r].from, together ? common.from : seen[r].to}, acc, false);
+    if (!together) return;
+    weigh(c, w, from, to, common, acc, true);
+    for (index_t r = from; r < to; r++)
+        if (seen[r].to > common.to) weigh(c, w, r, r + 1, {common.to, seen[r].to}, acc, true);
+}
+
+void chunk_partial(const Call &c, const Task &t, index_t chunk, Work &w, Partial partial) {
+    index_t rows = rows_of(c, t), group = c.group();
+    std::vector<Span> seen(rows);
+    for (index_t r = 0; r < rows; r++) seen[r] = visible(c, position(c, t, t.first + r / group), chunk);
+    Span all{seen[0].from, seen[rows - 1].to};
+    stage_chunk(c, t, chunk, all, w);
+    for (index_t p = 0; p * PANEL < all.to; p++)
+        product<VECTORS>(rows, w.queries, c.dim, Rows<float>{w.keys + p * c.dim * PANEL, PANEL}, c.dim,
+                         w.scores + p * PANEL, CHUNK);
+    // A query that sees nothing of this chunk lies outside [first, last): queries ascend, so these are its ends.
+    index_t first = 0, last = rows;
+    for (index_t r = 0; r < rows; r++) {
+        if (seen[r].from < seen[r].to) {
+            softmax_row(c, seen[r], w.scores + r * CHUNK, partial.m + r, partial.l + r);
+            continue;
+        }
+        partial.l[r] = 0;
+        seen[r].to <= 0 ? first = r + 1 : last = last < r ? last : r;
+    }
+    for (index_t from = first; from < last; from += MAX_ROWS)
+        weigh_tile(c, w, from, from + MAX_ROWS < last ? from + MAX_ROWS : last, seen.data(), partial.acc);
+}
+
+void merge(const Call &c, index_t rows, Partial total, Partial next) {
+    index_t width = c.padded();
+    for (index_t r = 0; r < rows; r++) {
+        if (next.l[r] == 0) continue;
+        bool fresh = total.l[r] == 0;
+        float m = fresh || next.m[r] > total.m[r] ? next.m[r] : total.m[r];
+        float keep = fresh ? 0.0f : exp(total.m[r] - m), add = exp(next.m[r] - m);
+        float *acc = total.acc + r * width;
+        const float *more = next.acc + r * width;
+        for (index_t d = 0; d < width; d += LANES) {
+            vf held = fresh ? vf{} : load(acc + d) * keep;
+            store(acc + d, held + load(more + d) * add);
+        }
+        total.l[r] = fresh ? next.l[r] * add : fma(next.l[r], add, total.l[r] * keep);
+        total.m[r] = m;
+    }
+}
+
+void finish(const Call &c, const Task &t, Partial total) {
+    index_t group = c.group();
+    for (index_t r = 0; r < rows_of(c, t); r++) {
+        index_t token = c.cu[t.row] + t.first + r / group, head = t.head * group + r % group;
+        float *to = c.out + (token * c.heads + head) * c.dim;
+        for (index_t d = 0; d < c.dim; d++) to[d] = total.acc[r * c.padded() + d] / total.l[r];
+    }
+}
+
+Partial empty(float *p, index_t rows) {
+    Partial partial(p, rows);
+    for (index_t r = 0; r < rows; r++) partial.l[r] = 0;
+    return partial;
+}
+
+void run_whole(const Call &c, const Task &t) {
+    index_t rows = rows_of(c, t);
+    Work w(c, rows);
+    stage_queries(c, t, w);
+    Partial total = empty(w.running, rows), partial(w.partial, rows);
+    for (index_t i = 0; i < t.chunks; i++) {
+        chunk_partial(c, t, t.chunk + i, w, partial);
+        merge(c, rows, total, partial);
+    }
+    finish(c, t, total);
+}
+
+void run_piece(const Call &c, const Task &t, index_t piece) {
+    index_t rows = rows_of(c, t), end = (piece + 1) * PIECE < t.chunks ? (piece + 1) * PIECE : t.chunks;
+    Work w(c, rows);
+    stage_queries(c, t, w);
+    for (index_t i = piece * PIECE; i < end; i++)
+        chunk_partial(c, t, t.chunk + i, w, Partial(t.partials + i * Partial::size(c, rows), rows));
+}
+
+void gather_pieces(const Call &c, const Task &t) {
+    index_t rows = rows_of(c, t);
+    Work w(c, rows);
+    Partial total = empty(w.running, rows);
+    for (index_t i = 0; i < t.chunks; i++) merge(c, rows, total, Partial(t.partials + i * Partial::size(c, rows), rows));
+    finish(c, t, total);
+}
+
+std::vector<Task> tasks_of(const Call &c) {
+    std::vector<Task> tasks;
+    index_t step = QUERY_ROWS / c.group() > 1 ? QUERY_ROWS / c.group() : 1;
+    for (index_t row = 0; row < c.rows; row++) {
+        index_t queries = c.cu[row + 1] - c.cu[row];
+        for (index_t first = 0; first < queries; first += step)
+            for (index_t head = 0; head < c.kv_heads; head++) {
+                Task t{row, head, first, first + step < queries ? first + step : queries, 0, 0, nullptr};
+                index_t low = position(c, t, first) + 1 - c.window, high = position(c, t, t.last - 1);
+                t.chunk = c.window > 0 && low > 0 ? low / CHUNK : 0;
+                t.chunks = high / CHUNK + 1 - t.chunk;
+                tasks.push_back(t);
+            }
+    }
+    return tasks;
+}
+
+// Few tasks over long contexts are shared out by chunks. This moves work, never bits.
+void run_shared(const Call &c, std::vector<Task> &tasks) {
+    static thread_local Scratch scratch;
+    std::vector<std::pair<index_t, index_t>> pieces;
+    index_t total = 0;
+    for (index_t i = 0; i < static_cast<index_t>(tasks.size()); i++) {
+        for (index_t p = 0; p * PIECE < tasks[i].chunks; p++) pieces.push_back({i, p});
+        total += tasks[i].chunks * Partial::size(c, rows_of(c, tasks[i]));
+    }
+    float *p = scratch.floats(total);
+    for (Task &t : tasks) {
+        t.partials = p;
+        p += t.chunks * Partial::size(c, rows_of(c, t));
+    }
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(dynamic)
+        for (index_t i = 0; i < static_cast<index_t>(pieces.size()); i++) run_piece(c, tasks[pieces[i].first], pieces[i].second);
+#pragma omp for schedule(static)
+        for (index_t i = 0; i < static_cast<index_t>(tasks.size()); i++) gather_pieces(c, tasks[i]);
+    }
+}
+
+void run(const Call &c) {
+    std::vector<Task> tasks = tasks_of(c);
+    index_t count = static_cast<index_t>(tasks.size()), longest = 0, work = 0;
+    for (const Task &t : tasks) {
+        longest = t.chunks > longest ? t.chunks : longest;
+        work += rows_of(c, t) * t.chunks * CHUNK * c.dim;
+    }
+    if (threads > 1 && count < 4 * threads && longest > PIECE) return run_shared(c, tasks);
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (count > 1 && work > PARALLEL_WORK)
+    for (index_t i = 0; i < count; i++) run_whole(c, tasks[i]);
+}
+
+// 0, or the number of the first broken rule; see the export below.
+int broken_rule(const Call &c) {
+    if (c.rows > 0 && (c.cu[0] < 0 || c.cu[c.rows] > c.tokens)) return 1;
+    for (index_t i = 0; i < c.rows; i++) {
+        index_t queries = c.cu[i + 1] - c.cu[i], pages = (c.ctx[i] + c.block_size - 1) / c.block_size;
+        if (queries < 0) return 1;
+        if (c.ctx[i] < queries || pages > c.table_width) return 2;
+        for (index_t p = 0; p < pages; p++) {
+            index_t page = c.tables[i * c.table_width + p];
+            if (page < 0 || page >= c.blocks) return 3;
+        }
+    }
+    return 0;
+}
+
+}  // namespace
+}  // namespace adapterd
+
+// Returns 0; 1: cu is not ascending within the tokens; 2: a context is shorter than its queries or longer than its table;
+// 3: a page is out of range. Nothing is written then.
+ADAPTERD_EXPORT int adapterd_attention(const float *q, std::int64_t q_token, std::int64_t q_head, const float *k,
+                                       const float *v, std::int64_t blocks, std::int64_t block_size,
+                                       std::int64_t kv_heads, std::int64_t dim, const std::int32_t *tables,
+                                       std::int64_t table_width, const std::int32_t *cu, const std::int32_t *ctx,
+                                       std::int64_t rows, std::int64_t tokens, std::int64_t heads, float scale,
+                                       std::int64_t window, float softcap, float *out) {
+    using namespace adapterd;
+    Call call{q,  q_token, q_head, k,      v,     blocks, block_size, kv_heads, dim, tables, table_width,
+              cu, ctx,     rows,   tokens, heads, scale,  window,     softcap,  out};
+    if (int rule = broken_rule(call)) return rule;
+    run(call);
+    return 0;
+}
+
+// k, v [Hkv, T, D] by strides (floats); caches [positions, Hkv, D]; token t goes to position write[t].
+// Returns 0, or 1 when a position is out of range (nothing is written then).
+ADAPTERD_EXPORT int adapterd_write_kv(const float *k, std::int64_t k_head, std::int64_t k_token, const float *v,
+                                      std::int64_t v_head, std::int64_t v_token, float *k_cache, float *v_cache,
+                                      const std::int64_t *write, std::int64_t tokens, std::int64_t positions,
+                                      std::int64_t kv_heads, std::int64_t dim) {
+    for (std::int64_t t = 0; t < tokens; t++)
+        if (write[t] < 0 || write[t] >= positions) return 1;
+    for (std::int64_t t = 0; t < tokens; t++)
+        for (std::int64_t h = 0; h < kv_heads; h++) {
+            std::int64_t at = (write[t] * kv_heads + h) * dim;
+            std::memcpy(k_cache + at, k + h * k_head + t * k_token, dim * sizeof(float));
+            std::memcpy(v_cache + at, v + h * v_head + t * v_token, dim * sizeof(float));
+        }
+    return 0;
+}

@@ -1,0 +1,105 @@
+"""The self-check: every kernel against its torch twin on small inputs, before the library may serve.
+
+Owns what counts as right (closeness, and equal bits alone and in company). A compiler bug or a stale prebuilt library
+stops here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .build import NativeUnavailable
+from .library import NativeKernels
+
+TOLERANCE = 1e-4  # absolute, on values of size about 1 after sums of at most 70 products
+
+
+def self_check(kernels: NativeKernels) -> None:
+    """Raises: NativeUnavailable naming the first kernel whose result is wrong."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    for name, check in _CHECKS.items():
+        got, want = check(kernels, random)
+        if got.shape != want.shape or not torch.allclose(got, want, rtol=0, atol=TOLERANCE):
+            raise NativeUnavailable(f"the self-check of {name} failed: off by {(got - want).abs().max():.3g}")
+
+
+Random = Callable[..., Tensor]
+Pair = tuple[Tensor, Tensor]
+
+
+def _linear(kernels: NativeKernels, random: Random) -> Pair:
+    x, weight, bias = random(14, 37), random(70, 37), random(70)
+    packed = [kernels.packed_linear(w, bias) for w in (weight, weight.bfloat16())]
+    got = torch.cat([linear(x) for linear in packed] + [linear(x[13:]) for linear in packed])
+    want = [reference.linear(x, weight, bias), reference.linear(x, weight.bfloat16(), bias)]
+    if not torch.equal(got[28], got[13]) or not torch.equal(got[29], got[27]):
+        raise NativeUnavailable("the self-check of linear failed: a row's bits depend on the number of rows")
+    return got, torch.cat([*want, want[0][13:], want[1][13:]])
+
+
+def _lora(kernels: NativeKernels, random: Random) -> Pair:
+    x, got, a, b = random(9, 37), random(9, 70), random(4, 5, 37), random(4, 5, 70)
+    want = got.clone()
+    index, slot = torch.tensor([8, 0, 1, 2, 4, 5, 6]), torch.tensor([0, 1, 1, 1, 1, 1, 3])
+    kernels.lora(x, got, a, b, index, slot)
+    reference.lora(x, want, a, b, index, slot)
+    return got, want
+
+
+def _attention(kernels: NativeKernels, random: Random) -> Pair:
+    q, keys, values = random(8, 4, 20), random(12, 16, 2, 20), random(12, 16, 2, 20)
+    tables = torch.arange(12, dtype=torch.int32).view(2, 6).flip(0).contiguous()
+    starts, contexts = torch.tensor([0, 1, 8], dtype=torch.int32), torch.tensor([90, 70], dtype=torch.int32)
+    both = [
+        attend(q, keys, values, tables, starts, contexts, scale=0.2, window=40, softcap=30.0)
+        for attend in (kernels.attention, reference.attention)
+    ]
+    return both[0], both[1]
+
+
+def _write_kv(kernels: NativeKernels, random: Random) -> Pair:
+    k, v, write = random(1, 2, 3, 5), random(1, 2, 3, 5), torch.tensor([5, 0, 2])
+    caches = [[torch.zeros(2, 4, 2, 5), torch.zeros(2, 4, 2, 5)] for _ in range(2)]
+    for module, (keys, values) in zip((kernels, reference), caches, strict=True):
+        module.write_kv(k, v, keys, values, write)
+    return torch.cat(caches[0]), torch.cat(caches[1])
+
+
+def _elementwise(kernels: NativeKernels, random: Random) -> Pair:
+    x, up, weight, bias = random(3, 37), random(3, 37), random(37), random(37)
+    both = [
+        [
+            module.rms_norm(x, weight, 1e-5),
+            module.layer_norm(x, weight, bias, 1e-5),
+            module.silu_mul(x, up),
+            module.gelu_tanh_mul(x, up),
+        ]
+        for module in (kernels, reference)
+    ]
+    return torch.cat(both[0]), torch.cat(both[1])
+
+
+def _rotary(kernels: NativeKernels, random: Random) -> Pair:
+    q, k, cos, sin = random(1, 3, 4, 44), random(1, 3, 4, 44), random(1, 4, 40), random(1, 4, 40)
+    both = [(q.clone(), k.clone()), (q, k)]
+    for module, (turned_q, turned_k) in zip((kernels, reference), both, strict=True):
+        module.rotary(turned_q, turned_k, cos, sin)
+    return torch.cat(both[0]), torch.cat(both[1])
+
+
+_CHECKS: dict[str, Callable[[NativeKernels, Random], Pair]] = {
+    "linear": _linear,
+    "lora": _lora,
+    "attention": _attention,
+    "write_kv": _write_kv,
+    "elementwise": _elementwise,
+    "rotary": _rotary,
+}

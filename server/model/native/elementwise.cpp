@@ -1,0 +1,127 @@
+// Norms, gated activations and rotary embedding: each one pass over its rows, each row on its own.
+// Owns no layout but [rows, width]; formulas are Hugging Face's.
+#include <cmath>
+
+#include "simd.h"
+
+namespace adapterd {
+namespace {
+
+constexpr index_t PARALLEL_ELEMENTS = 1 << 15;  // below this a parallel region costs more than it saves
+
+template <typename F>
+ADAPTERD_INLINE void each_row(index_t rows, index_t width, F row) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * width > PARALLEL_ELEMENTS)
+    for (index_t r = 0; r < rows; r++) row(r);
+}
+
+// sum over i of (x[i] - mean)^2, lanes first, then the tree, then the tail: one order for every row of this width.
+ADAPTERD_INLINE float squares(const float *x, index_t width, float mean) {
+    vf acc = {}, more = {};
+    index_t i = 0;
+    for (; i + 2 * LANES <= width; i += 2 * LANES) {
+        vf a = load(x + i) - mean, b = load(x + i + LANES) - mean;
+        acc += a * a;
+        more += b * b;
+    }
+    float total = sum(acc + more);
+    for (; i < width; i++) total = fma(x[i] - mean, x[i] - mean, total);
+    return total;
+}
+
+ADAPTERD_INLINE float average(const float *x, index_t width) {
+    vf acc = {};
+    index_t i = 0;
+    for (; i + LANES <= width; i += LANES) acc += load(x + i);
+    float total = sum(acc);
+    for (; i < width; i++) total += x[i];
+    return total / static_cast<float>(width);
+}
+
+// f over vectors of a row; the tail goes through a padded vector, so every element sees the same arithmetic.
+template <typename F>
+ADAPTERD_INLINE void gated_row(const float *gate, const float *up, float *y, index_t width, F f) {
+    index_t i = 0;
+    for (; i + LANES <= width; i += LANES) store(y + i, f(load(gate + i)) * load(up + i));
+    if (i == width) return;
+    float g[LANES] = {}, u[LANES] = {};
+    std::memcpy(g, gate + i, (width - i) * sizeof(float));
+    std::memcpy(u, up + i, (width - i) * sizeof(float));
+    store(g, f(load(g)) * load(u));
+    std::memcpy(y + i, g, (width - i) * sizeof(float));
+}
+
+ADAPTERD_INLINE vf silu(vf x) { return x * sigmoid(x); }
+
+// 0.5 x (1 + tanh(u)) is x sigmoid(2u); u = sqrt(2 / pi) (x + 0.044715 x^3).
+ADAPTERD_INLINE vf gelu_tanh(vf x) { return x * sigmoid(1.5957691216f * (x + 0.044715f * (x * x * x))); }
+
+void rotate(float *x, const float *cos, const float *sin, index_t half) {
+    index_t j = 0;
+    for (; j + LANES <= half; j += LANES) {
+        vf a = load(x + j), b = load(x + half + j);
+        store(x + j, a * load(cos + j) - b * load(sin + j));
+        store(x + half + j, b * load(cos + half + j) + a * load(sin + half + j));
+    }
+    for (; j < half; j++) {
+        float a = x[j], b = x[half + j];
+        x[j] = fma(-b, sin[j], a * cos[j]);
+        x[half + j] = fma(a, sin[half + j], b * cos[half + j]);
+    }
+}
+
+}  // namespace
+}  // namespace adapterd
+
+// y = weight * x / sqrt(mean(x^2) + eps); x, y [rows, width].
+ADAPTERD_EXPORT void adapterd_rms_norm(const float *x, const float *weight, float *y, std::int64_t rows,
+                                       std::int64_t width, float eps) {
+    using namespace adapterd;
+    each_row(rows, width, [=](index_t r) {
+        const float *from = x + r * width;
+        float scale = 1.0f / std::sqrt(squares(from, width, 0.0f) / static_cast<float>(width) + eps);
+        for (index_t i = 0; i < width; i++) y[r * width + i] = weight[i] * (from[i] * scale);
+    });
+}
+
+// y = weight * (x - mean) / sqrt(var + eps) + bias; weight and bias may be null.
+ADAPTERD_EXPORT void adapterd_layer_norm(const float *x, const float *weight, const float *bias, float *y,
+                                         std::int64_t rows, std::int64_t width, float eps) {
+    using namespace adapterd;
+    each_row(rows, width, [=](index_t r) {
+        const float *from = x + r * width;
+        float *to = y + r * width, mean = average(from, width);
+        float scale = 1.0f / std::sqrt(squares(from, width, mean) / static_cast<float>(width) + eps);
+        for (index_t i = 0; i < width; i++) to[i] = (from[i] - mean) * scale;
+        if (weight)
+            for (index_t i = 0; i < width; i++) to[i] *= weight[i];
+        if (bias)
+            for (index_t i = 0; i < width; i++) to[i] += bias[i];
+    });
+}
+
+// y = silu(gate) * up, all [rows, width].
+ADAPTERD_EXPORT void adapterd_silu_mul(const float *gate, const float *up, float *y, std::int64_t rows,
+                                       std::int64_t width) {
+    using namespace adapterd;
+    each_row(rows, width, [=](index_t r) { gated_row(gate + r * width, up + r * width, y + r * width, width, silu); });
+}
+
+// y = gelu_tanh(gate) * up, all [rows, width].
+ADAPTERD_EXPORT void adapterd_gelu_tanh_mul(const float *gate, const float *up, float *y, std::int64_t rows,
+                                            std::int64_t width) {
+    using namespace adapterd;
+    each_row(rows, width,
+             [=](index_t r) { gated_row(gate + r * width, up + r * width, y + r * width, width, gelu_tanh); });
+}
+
+// x [heads, tokens, >= dim] by strides (floats), in place on its first `dim` features; cos, sin [tokens, dim].
+// x = x * cos + concat(-x[dim / 2:], x[:dim / 2]) * sin
+ADAPTERD_EXPORT void adapterd_rotary(float *x, std::int64_t head_stride, std::int64_t token_stride, const float *cos,
+                                     const float *sin, std::int64_t heads, std::int64_t tokens, std::int64_t dim) {
+    using namespace adapterd;
+    each_row(tokens, heads * dim, [=](index_t t) {
+        for (index_t h = 0; h < heads; h++)
+            rotate(x + h * head_stride + t * token_stride, cos + t * dim, sin + t * dim, dim / 2);
+    });
+}

@@ -1,0 +1,303 @@
+"""The loaded library as typed calls on torch tensors.
+
+Owns the C signatures and the checks that keep a wrong tensor from reaching C: dtype, device, layout and shape here, index
+ranges in C. Decides nothing: who uses which kernel is chosen above.
+
+A step makes some hundreds of calls, so a call costs microseconds: bound functions, cached pointers, no views.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PANEL = 32  # columns per panel, as in simd.h
+
+_INT = ctypes.c_int
+_LONG = ctypes.c_int64
+_FLOAT = ctypes.c_float
+_POINTER = ctypes.c_void_p
+_P = _POINTER
+_L = _LONG
+
+#: Run without the GIL, as torch's own operators do: other threads answer clients meanwhile.
+_LONG_CALLS: dict[str, tuple[Any, ...]] = {
+    "linear": (_INT, _P, _P, _P, _P, _L, _L, _L),
+    "lora": (_INT, _P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _L),
+    "attention": (_P, _L, _L, _P, _P, _L, _L, _L, _L, _P, _L, _P, _P, _L, _L, _L, _FLOAT, _L, _FLOAT, _P),
+}
+#: Microseconds each: giving the GIL away could cost a whole switch interval (5 ms) to get it back.
+_SHORT_CALLS: dict[str, tuple[Any, ...]] = {
+    "set_threads": (_INT,),
+    "write_kv": (_P, _L, _L, _P, _L, _L, _P, _P, _P, _L, _L, _L, _L),
+    "rms_norm": (_P, _P, _P, _L, _L, _FLOAT),
+    "layer_norm": (_P, _P, _P, _P, _L, _L, _FLOAT),
+    "silu_mul": (_P, _P, _P, _L, _L),
+    "gelu_tanh_mul": (_P, _P, _P, _L, _L),
+    "rotary": (_P, _L, _L, _P, _P, _L, _L, _L),
+}
+_CHECKED = frozenset({"lora", "attention", "write_kv"})  # these return the number of the rule an argument breaks
+
+_LORA_RULES = ("", "index names a row outside x", "slot names a slot outside the pool")
+_ATTENTION_RULES = (
+    "",
+    "starts must ascend within the tokens of q",
+    "a context is shorter than its row's tokens or longer than its table",
+    "tables names a block outside the cache",
+)
+_WRITE_RULES = ("", "write names a position outside the cache")
+
+_fp32 = torch.float32
+
+
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Raises: ValueError unless `tensor` is a contiguous CPU tensor of that dtype and shape."""
+    if tensor.dtype is dtype and tensor.shape == shape and tensor.is_contiguous() and tensor.is_cpu:
+        return
+    raise ValueError(
+        f"{name} must be contiguous {dtype} {list(shape)} on the CPU, got {tensor.dtype} {list(tensor.shape)} "
+        f"with strides {list(tensor.stride())} on {tensor.device}"
+    )
+
+
+def _check_strided(name: str, tensor: Tensor, dims: int) -> None:
+    """Raises: ValueError unless `tensor` is an fp32 CPU tensor whose last dimension is dense."""
+    if tensor.dtype is _fp32 and tensor.ndim == dims and tensor.stride(-1) == 1 and tensor.is_cpu:
+        return
+    raise ValueError(
+        f"{name} must be fp32 with {dims} dimensions on the CPU, the last one dense, got {tensor.dtype} "
+        f"{list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}"
+    )
+
+
+def pack(weight: Tensor) -> Tensor:
+    """weight [N, K] -> panels [ceil(N / 32), K, 32], zero padded.
+
+    fp32: columns in order. bf16: column j and column j + 16 of a panel share one 32-bit word, low half first, so that two
+    integer operations widen both.
+
+    Raises: ValueError when the weight is neither fp32 nor bf16.
+    """
+    if weight.dtype not in (_fp32, torch.bfloat16) or weight.ndim != 2:
+        raise ValueError(f"weight must be fp32 or bf16 with 2 dimensions, got {weight.dtype} {list(weight.shape)}")
+    n, k = weight.shape
+    count = -(-n // PANEL)
+    padded = F.pad(weight.detach(), (0, 0, 0, count * PANEL - n)) if n % PANEL else weight.detach()
+    if weight.dtype is _fp32:
+        return padded.reshape(count, PANEL, k).transpose(1, 2).contiguous()
+    return padded.reshape(count, 2, PANEL // 2, k).permute(0, 3, 2, 1).contiguous().view(count, k, PANEL)
+
+
+def unpack(panels: Tensor, n: int) -> Tensor:
+    """The weight [N, K] that `pack` was given, bit for bit."""
+    count, k, _ = panels.shape
+    if panels.dtype is _fp32:
+        weight = panels.transpose(1, 2)
+    else:
+        weight = panels.view(count, k, PANEL // 2, 2).permute(0, 3, 2, 1)
+    return weight.reshape(count * PANEL, k)[:n]
+
+
+class PackedLinear:
+    """x W^T + b over a weight repacked for the CPU. Invariant: `panels` and `bias` never move, their addresses are kept."""
+
+    __slots__ = ("_bias_at", "_is_bf16", "_panels_at", "_run", "bias", "in_features", "out_features", "panels")
+
+    def __init__(self, run: Callable[..., None], weight: Tensor, bias: Tensor | None) -> None:
+        self._run = run
+        self.panels = pack(weight)
+        self.out_features, self.in_features = weight.shape
+        self.bias = None if bias is None else bias.detach().to(_fp32).contiguous()
+        if self.bias is not None:
+            _check("bias", self.bias, _fp32, (self.out_features,))
+        self._is_bf16 = int(self.panels.dtype is torch.bfloat16)
+        self._panels_at = self.panels.data_ptr()
+        self._bias_at = None if self.bias is None else self.bias.data_ptr()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., K] fp32 contiguous -> [..., N]."""
+        *rows, k = x.shape
+        if x.dtype is not _fp32 or k != self.in_features or not x.is_contiguous() or not x.is_cpu:
+            _check("x", x, _fp32, (*rows, self.in_features))
+        y = torch.empty((*rows, self.out_features), dtype=_fp32)
+        n = self.out_features
+        self._run(self._is_bf16, x.data_ptr(), self._panels_at, self._bias_at, y.data_ptr(), y.numel() // n, n, k)
+        return y
+
+    def unpack(self) -> Tensor:
+        """The weight [N, K] in its own dtype, bit for bit."""
+        return unpack(self.panels, self.out_features)
+
+    @property
+    def nbytes(self) -> int:
+        return self.panels.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+class NativeKernels:
+    """Every kernel of the library. All arithmetic is fp32; a row's bits do not depend on its batch or on threads."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        released, held = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
+        calls = {name: _bind(released, name, args) for name, args in _LONG_CALLS.items()}
+        calls |= {name: _bind(held, name, args) for name, args in _SHORT_CALLS.items()}
+        self._linear, self._lora, self._attention = calls["linear"], calls["lora"], calls["attention"]
+        self._write_kv, self._rotary = calls["write_kv"], calls["rotary"]
+        self._rms_norm, self._layer_norm = calls["rms_norm"], calls["layer_norm"]
+        self._silu_mul, self._gelu_tanh_mul = calls["silu_mul"], calls["gelu_tanh_mul"]
+        self._set_threads = calls["set_threads"]
+        self.set_threads(torch.get_num_threads())
+
+    def set_threads(self, count: int) -> None:
+        """Threads of every kernel from now on; keep it equal to torch's own number, the thread pool is shared."""
+        self._set_threads(count)
+
+    def packed_linear(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+        """A copy of weight [N, K] (fp32 or bf16, kept in its dtype) packed for this library."""
+        return PackedLinear(self._linear, weight, bias)
+
+    def lora(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, index: Tensor, slot: Tensor) -> None:
+        """y[index[i]] += (x[index[i]] @ a[slot[i]].T) @ b[slot[i]], in place, on these rows only.
+
+        x [T, in], y [T, out] fp32; a [S, r, in], b [S, r, out] (B transposed) both fp32 or both bf16; index (without
+        duplicates) and slot [n] int64. Rows of one slot should stand next to each other: they share its reads.
+        """
+        tokens, width = x.shape
+        slots, rank, out = b.shape
+        _check("x", x, _fp32, (tokens, width))
+        _check("y", y, _fp32, (tokens, out))
+        _check("a", a, torch.bfloat16 if a.dtype is torch.bfloat16 else _fp32, (slots, rank, width))
+        _check("b", b, a.dtype, (slots, rank, out))
+        n = index.numel()
+        _check("index", index, torch.int64, (n,))
+        _check("slot", slot, torch.int64, (n,))
+        broken = self._lora(
+            a.dtype is torch.bfloat16, x.data_ptr(), y.data_ptr(), a.data_ptr(), b.data_ptr(), index.data_ptr(),
+            slot.data_ptr(), n, tokens, slots, width, out, rank,
+        )  # fmt: skip
+        if broken:
+            raise ValueError(_LORA_RULES[broken])
+
+    def attention(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        tables: Tensor,
+        starts: Tensor,
+        contexts: Tensor,
+        *,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+    ) -> Tensor:
+        """Causal attention of R rows over their pages: [T, Hq, D], contiguous; tokens of no row stay unwritten.
+
+        q [T, Hq, D], any strides with D dense; keys, values [blocks, block_size, Hkv, D]; tables [R, P], starts [R + 1]
+        (row i's tokens are starts[i]..starts[i + 1]), contexts [R] (this step's tokens included), all int32.
+        `window` > 0 hides positions <= own - window; `softcap` > 0 caps scores as Gemma 2 does.
+        """
+        _check_strided("q", q, 3)
+        tokens, heads, dim = q.shape
+        blocks, size, kv_heads, _ = keys.shape
+        rows, pages = tables.shape
+        if heads % kv_heads or dim < 1:
+            raise ValueError(f"q has {heads} heads of {dim}, the cache {kv_heads} heads: not a multiple")
+        _check("keys", keys, _fp32, (blocks, size, kv_heads, dim))
+        _check("values", values, _fp32, (blocks, size, kv_heads, dim))
+        _check("tables", tables, torch.int32, (rows, pages))
+        _check("starts", starts, torch.int32, (rows + 1,))
+        _check("contexts", contexts, torch.int32, (rows,))
+        out = torch.empty((tokens, heads, dim), dtype=_fp32)
+        broken = self._attention(
+            q.data_ptr(), q.stride(0), q.stride(1), keys.data_ptr(), values.data_ptr(), blocks, size, kv_heads, dim,
+            tables.data_ptr(), pages, starts.data_ptr(), contexts.data_ptr(), rows, tokens, heads, scale, window,
+            softcap, out.data_ptr(),
+        )  # fmt: skip
+        if broken:
+            raise ValueError(_ATTENTION_RULES[broken])
+        return out
+
+    def write_kv(self, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, write: Tensor) -> None:
+        """k, v [1, Hkv, T, D] (any strides, D dense) -> rows write[t] of the caches [blocks, block_size, Hkv, D]."""
+        _check_strided("k", k, 4)
+        _check_strided("v", v, 4)
+        _, kv_heads, tokens, dim = k.shape
+        blocks, size = keys.shape[:2]
+        if v.shape != k.shape:
+            raise ValueError(f"k and v differ in shape: {list(k.shape)}, {list(v.shape)}")
+        _check("keys", keys, _fp32, (blocks, size, kv_heads, dim))
+        _check("values", values, _fp32, (blocks, size, kv_heads, dim))
+        _check("write", write, torch.int64, (tokens,))
+        broken = self._write_kv(
+            k.data_ptr(), k.stride(1), k.stride(2), v.data_ptr(), v.stride(1), v.stride(2), keys.data_ptr(),
+            values.data_ptr(), write.data_ptr(), tokens, blocks * size, kv_heads, dim,
+        )  # fmt: skip
+        if broken:
+            raise ValueError(_WRITE_RULES[broken])
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """weight * x / sqrt(mean(x^2) + eps); x [..., H], weight [H] (for Gemma pass 1 + w)."""
+        width = x.shape[-1]
+        _check("x", x, _fp32, x.shape)
+        _check("weight", weight, _fp32, (width,))
+        y = torch.empty_like(x)
+        self._rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // width, width, eps)
+        return y
+
+    def layer_norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        """x [..., H], weight and bias [H] or None."""
+        width = x.shape[-1]
+        _check("x", x, _fp32, x.shape)
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None:
+                _check(name, tensor, _fp32, (width,))
+        y = torch.empty_like(x)
+        scale, shift = (None if t is None else t.data_ptr() for t in (weight, bias))
+        self._layer_norm(x.data_ptr(), scale, shift, y.data_ptr(), x.numel() // width, width, eps)
+        return y
+
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) * up, both [..., I]."""
+        return self._gated(self._silu_mul, gate, up)
+
+    def gelu_tanh_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        """gelu(gate, approximate="tanh") * up, both [..., I]."""
+        return self._gated(self._gelu_tanh_mul, gate, up)
+
+    def _gated(self, run: Callable[..., None], gate: Tensor, up: Tensor) -> Tensor:
+        _check("gate", gate, _fp32, gate.shape)
+        _check("up", up, _fp32, gate.shape)
+        width = gate.shape[-1]
+        y = torch.empty_like(gate)
+        run(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel() // width, width)
+        return y
+
+    def rotary(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Hugging Face's apply_rotary_pos_emb (half rotation), in place on the first d features.
+
+        q [1, Hq, T, D], k [1, Hkv, T, D], any strides with D dense; cos, sin [1, T, d], d even and at most D.
+        """
+        tokens, dim = q.shape[2], cos.shape[-1]
+        _check("cos", cos, _fp32, (1, tokens, dim))
+        _check("sin", sin, _fp32, (1, tokens, dim))
+        for name, x in (("q", q), ("k", k)):
+            _check_strided(name, x, 4)
+            if x.shape[0] != 1 or x.shape[2] != tokens or x.shape[3] < dim or dim % 2:
+                raise ValueError(f"{name} {list(x.shape)} does not fit cos {list(cos.shape)}")
+        cos_at, sin_at = cos.data_ptr(), sin.data_ptr()
+        for x in (q, k):
+            self._rotary(x.data_ptr(), x.stride(1), x.stride(2), cos_at, sin_at, x.shape[1], tokens, dim)
+
+
+def _bind(library: ctypes.CDLL, name: str, arguments: tuple[Any, ...]) -> Callable[..., Any]:
+    function = library[f"adapterd_{name}"]
+    function.argtypes = arguments
+    function.restype = _INT if name in _CHECKED else None
+    return function

@@ -1,0 +1,135 @@
+"""Lab: a real engine without its thread, turned by hand, that remembers the logits behind every token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from adapters_store.digest import Digest
+from server.engine.engine import Engine
+from server.engine.loading import Loading
+from server.engine.pages import Pages
+from server.engine.plan import Row, Sample
+from server.engine.plan import Sequence as Seq
+from server.engine.residency import Residency
+from server.engine.scheduler import Scheduler, SchedulerLimits
+from server.errors import NotFoundError
+from server.methods import METHODS
+from server.methods.base import Adapter
+from server.model.loader import Base, make_base
+from server.model.runner import CacheShape, Runner
+from server.requests import Event, FinishReason, Request, Sampling
+
+BASE = Digest("0" * 64)
+
+
+class RecordingRunner(Runner):
+    """Keeps the logits [V] of every sampled position, per request."""
+
+    logits: dict[str, list[Tensor]]
+
+    def _sample(self, rows: Sequence[Row], kept: Sequence[range], logits: Tensor) -> dict[Seq, Sample]:
+        at = 0
+        for row, offsets in zip(rows, kept, strict=True):
+            at += len(offsets)
+            if row.samples and row.sequence.request is not None:
+                self.logits.setdefault(row.sequence.request.id, []).append(logits[at - 1].clone())
+        return super()._sample(rows, kept, logits)
+
+
+class Observer:
+    """Counts what the engine reports."""
+
+    def __init__(self) -> None:
+        self.adapters_per_step: list[int] = []
+        self.families_per_step: list[int] = []
+        self.loads = self.evictions = self.preemptions = 0
+
+    def observe_step(self, rows: int, tokens: int, adapters: int, families: int, seconds: float) -> None:
+        self.adapters_per_step.append(adapters)
+        self.families_per_step.append(families)
+
+    def adapter_loaded(self, seconds: float, outcome: str) -> None:
+        self.loads += 1
+
+    def evicted(self) -> None:
+        self.evictions += 1
+
+    def preempted(self) -> None:
+        self.preemptions += 1
+
+    def prefix_cache(self, queried: int, hit: int) -> None:
+        pass
+
+
+class _AtOnce(Loading):
+    """Loads where it is asked to, so that tests depend on no thread."""
+
+    def start(self, digest: Digest) -> None:
+        self._run(digest)
+
+
+class Lab:
+    """Usage: lab = Lab(model, {digest: adapter}); lab.submit("a", [1, 2], digest); lab.run(); lab.tokens("a")"""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        adapters: Mapping[Digest, Adapter],
+        *,
+        blocks: int = 257,
+        block_size: int = 4,
+        slots: int = 16,
+        max_batch_tokens: int = 24,
+        max_running: int = 64,
+        max_total_tokens: int = 200,
+    ) -> None:
+        self.adapters = dict(adapters)
+        self.observer = Observer()
+        self.events: list[Event] = []
+        base: Base = make_base(model, BASE, torch.device("cpu"), torch.float32)
+        self.runner = RecordingRunner(base, CacheShape(blocks, block_size), METHODS)
+        self.runner.logits = {}
+        limits = SchedulerLimits(max_batch_tokens, max_running, 1000, min(max_total_tokens, (blocks - 2) * block_size))
+        self.scheduler = Scheduler(Pages(blocks, block_size), Residency(slots), limits, BASE, [2])
+        self.engine = Engine(self.runner, self.scheduler, self._load, self.observer, self.events.extend, 0)
+        self.engine._loading = _AtOnce(self._load, self.engine._cache, self.engine._on_loaded)
+
+    def submit(self, id: str, prompt: Sequence[int], *adapters: Digest, tenant: str = "t", **sampling: object) -> None:
+        params = Sampling(**{"max_new_tokens": 6, "ignore_eos": True, **sampling})  # type: ignore[arg-type]
+        self.engine.submit(Request(id, tenant, adapters, tuple(prompt), params, time.monotonic()))
+
+    def turn(self) -> None:
+        self.engine.turn()
+
+    def run(self, limit: int = 3000) -> None:
+        for _ in range(limit):
+            self.engine.turn()
+            if self.scheduler.idle and not self.engine._inbox:
+                self.scheduler.check_idle()
+                return
+        raise AssertionError("the engine does not come to an end")
+
+    def tokens(self, id: str) -> list[int]:
+        return [token.id for event in self.events if event.request_id == id for token in event.tokens]
+
+    def logits(self, id: str) -> Tensor:
+        """[tokens, V]"""
+        return torch.stack(self.runner.logits[id])
+
+    def ending(self, id: str) -> Event:
+        """The one finishing event of a request."""
+        (event,) = [event for event in self.events if event.request_id == id and event.finish is not None]
+        return event
+
+    def finished(self, id: str) -> bool:
+        return self.ending(id).finish is FinishReason.LENGTH
+
+    def _load(self, digest: Digest) -> Adapter:
+        if digest not in self.adapters:
+            raise NotFoundError("the adapter is gone")
+        return self.adapters[digest]

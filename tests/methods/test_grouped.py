@@ -1,0 +1,58 @@
+"""Row arithmetic: the rows of a step, their groups, and pools that keep their invariant."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.methods.grouped import Pool, each_group, per_row, rows_of, split_of
+
+
+def test_rows_are_ordered_by_slot_and_then_by_token():
+    rows = rows_of([0, 7, 4, 4, 0, 4])
+    assert rows.index.tolist() == [2, 3, 5, 1]
+    assert rows.slot.tolist() == [4, 4, 4, 7]
+    assert rows.groups == ((4, 0, 3), (7, 3, 4))
+    assert rows.span is None
+    assert rows_of([0, 2, 2, 5]).span == slice(1, 4)
+
+
+@given(st.lists(st.integers(0, 5), max_size=24))
+def test_take_store_and_groups_agree_for_every_composition(slots):
+    rows, x = rows_of(slots), torch.arange(len(slots) * 2.0).view(-1, 2)
+    assert torch.equal(rows.take(x), x[rows.index])
+    stored = rows.store(torch.zeros_like(x), rows.take(x))
+    assert torch.equal(stored, x * (torch.tensor(slots, dtype=torch.float32) > 0).unsqueeze(-1))
+    for slot, where in each_group(rows):
+        assert {slots[int(value) // 2] for value in x[where][:, 0]} == {slot}
+
+
+@given(st.lists(st.integers(0, 5), max_size=24))
+def test_a_split_covers_every_row_once_with_its_own_slot(slots):
+    split, tokens = split_of(rows := rows_of(slots)), torch.arange(len(slots))
+    seen = [(slot, token) for slot, where in split.long for token in tokens[where].tolist()]
+    if split.short is not None:
+        own = torch.arange(8)[split.slots].tolist()
+        seen += list(zip(own, tokens[split.short].tolist(), strict=True))
+    assert sorted(seen) == sorted((slot, token) for token, slot in enumerate(slots) if slot)
+    assert split_of(rows) is split
+
+
+@given(st.lists(st.integers(0, 5), max_size=24))
+def test_each_row_gets_its_own_vector(slots):
+    rows, pool = rows_of(slots), torch.randn(6, 3)
+    for _ in range(2):
+        assert torch.equal(per_row(pool, rows, "key").expand(len(rows.index), 3), pool[rows.slot])
+
+
+def test_a_pool_is_the_identity_wherever_nothing_was_put():
+    pool = Pool((2,), 1.0, torch.device("cpu"), torch.float32)
+    pool.grow(2)
+    pool.tensor[1] = 7.0
+    pool.grow(3)
+    assert pool.tensor.tolist() == [[1, 1], [7, 7], [1, 1], [1, 1]]
+    pool.clear(1)
+    assert torch.equal(pool.tensor, torch.ones(4, 2))
+    pool.grow(1)
+    assert len(pool.tensor) == 4
