@@ -11,7 +11,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import mkdtemp
@@ -42,8 +42,8 @@ class Draft:
     def digest(self) -> Digest:
         return Digest(self._sha256.hexdigest())
 
-    def sync(self) -> None:
-        """Flush to the device. The descriptor that wrote is the one that is synced, so no write error goes unseen.
+    def finish(self) -> None:
+        """Flush to the device, and close. The descriptor that wrote is the one synced, so no write error goes unseen.
 
         Raises: Corrupt when the file is not as long as what was written to it.
         """
@@ -51,14 +51,12 @@ class Draft:
         if length != self.size:
             raise Corrupt(f"upload: {self.size} bytes were written, {length} are on disk")
         disk.sync(self._file)
-
-    def close(self) -> None:
         self._file.close()
 
     def discard(self) -> None:
-        """Close, and remove what is still at `path`."""
+        """Close, and remove what is still at `path`. Idempotent."""
         try:
-            self.close()
+            self._file.close()
         finally:
             disk.remove(self.path)
 
@@ -82,7 +80,7 @@ class Blobs(Protocol):
         """When the blob was last written, aware; None when there is no such blob."""
 
     def intact(self, digest: Digest) -> bool:
-        """Reads the whole blob and compares its sha256. False also when there is no such blob."""
+        """Reads the whole blob and compares its sha256. False also when it is missing or unreadable."""
 
     def delete(self, digest: Digest) -> None:
         """Idempotent."""
@@ -130,7 +128,7 @@ class FileBlobs:
         shelves: set[Path] = set()
         with disk_errors():
             for draft in drafts:
-                draft.sync()
+                draft.finish()
                 target = self.path(draft.digest)
                 target.parent.mkdir(exist_ok=True)
                 disk.move(draft.path, target)
@@ -151,13 +149,12 @@ class FileBlobs:
 
     def intact(self, digest: Digest) -> bool:
         sha256 = hashlib.sha256()
-        with disk_errors():
-            try:
-                with self.path(digest).open("rb") as file:
-                    while chunk := file.read(_CHUNK):
-                        sha256.update(chunk)
-            except FileNotFoundError:
-                return False
+        try:
+            with self.path(digest).open("rb") as file:
+                while chunk := file.read(_CHUNK):
+                    sha256.update(chunk)
+        except OSError:
+            return False
         return sha256.hexdigest() == digest
 
     def delete(self, digest: Digest) -> None:
@@ -172,26 +169,27 @@ class FileBlobs:
     def publishing(self) -> Iterator[None]:
         """Publishers enter one by one through the lock on `blobs/`, which a waiting collector holds: none overtakes it."""
         with ExitStack() as stack:
-            with disk.locked(self._home.parent):
+            with disk_errors(), disk.locked(self._home.parent):
                 stack.enter_context(disk.locked(self._home, shared=True))
             yield
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        with disk.locked(self._home.parent), disk.locked(self._home):
+        with disk_errors(), disk.locked(self._home.parent), disk.locked(self._home):
             yield
 
     def __iter__(self) -> Iterator[Digest]:
         """A file whose name is no digest is none of ours and is left alone."""
-        for path in self._home.glob("*/*"):
-            try:
-                yield Digest(path.parent.name + path.name)
-            except ValueError:
-                continue
+        with disk_errors():
+            for path in self._home.glob("*/*"):
+                with suppress(ValueError):
+                    yield Digest(path.parent.name + path.name)
 
     def close(self) -> None:
         """Drops this instance's drafts. Idempotent."""
-        if self._held is not None:
+        if self._held is None:
+            return
+        with disk_errors(), disk.locked(self._staging):
             shutil.rmtree(self._session, ignore_errors=True)
             os.close(self._held)
             self._held = None
@@ -211,7 +209,7 @@ class FileBlobs:
     def _remove_abandoned(self) -> int:
         """Needs the lock on `staging/`: a session between its mkdir and its lock would look abandoned."""
         removed = 0
-        for session in list(self._staging.iterdir()):
+        for session in [path for path in self._staging.iterdir() if path.is_dir()]:
             held = disk.hold(session)
             if held is not None:
                 shutil.rmtree(session)

@@ -56,5 +56,5 @@ class Damage:
     """One blob that is not what it was, and the live versions ("tenant name@version") that need it."""
 
     blob: Digest
-    problem: Literal["missing", "changed"]
+    problem: Literal["missing", "damaged"]
     versions: tuple[str, ...]

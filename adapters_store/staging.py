@@ -49,7 +49,7 @@ class Staged:
         self._max_bytes = max_bytes
         self._drafts: list[Draft] = []
         self._files: dict[str, Draft] = {}
-        self._state: Literal["ready", "receiving a file", "broken", "published"] = "ready"
+        self._state: Literal["ready", "receiving a file", "broken", "published", "closed"] = "ready"
 
     @contextmanager
     def file(self, name: str) -> Iterator[StagedFile]:
@@ -101,10 +101,11 @@ class Staged:
         return listing.digest, [*self._files.values(), listing]
 
     def discard(self) -> None:
-        """Removes every draft that was not published. Idempotent.
+        """Ends the upload and removes every draft that was not published. Idempotent.
 
         Never fails: it runs while errors and successes are on their way out, and the next sweep gets what it leaves.
         """
+        self._state = "closed"
         for draft in self._drafts:
             with suppress(OSError):
                 draft.discard()
@@ -129,13 +130,15 @@ class Staged:
 
     def _append(self, draft: Draft, data: bytes) -> None:
         """A chunk that could not be stored breaks the upload, even if the caller goes on: no byte may be missing."""
+        if self._state != "receiving a file" or draft is not self._drafts[-1]:
+            raise Conflict("upload: this file is closed")
         total = self.size_bytes + len(data)
-        before, self._state = self._state, "broken"
+        self._state = "broken"
         if self._max_bytes is not None and total > self._max_bytes:
             raise TooLarge(self._max_bytes, total)
         with disk_errors():
             draft.write(data)
-        self._state = before
+        self._state = "receiving a file"
 
     def _finish(self, name: str, draft: Draft) -> None:
         if self._state == "receiving a file":

@@ -58,7 +58,7 @@ class Store:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
         blobs = FileBlobs(root)
         try:
-            with disk.locked(root):  # one process at a time creates the tables and switches the database to WAL
+            with disk_errors(), disk.locked(root):  # one process at a time creates the tables and switches the database to WAL
                 catalog = Catalog(file_url(root / "catalog.sqlite3"), clock)
         except BaseException:
             blobs.close()
@@ -236,7 +236,7 @@ class Store:
         return Collected(blobs, size_bytes, uploads)
 
     def verify(self) -> tuple[Damage, ...]:
-        """Reads every byte of every live version; what is missing or changed. Empty when all is well.
+        """Reads every byte of every live version; what is missing or damaged. Empty when all is well.
 
         Uploading the same files again, under any name, repairs them.
         """
@@ -248,7 +248,7 @@ class Store:
 
     def _damage(self, blob: Digest, keys: Keys) -> Damage:
         names = tuple(f"{tenant} {name}@{version}" for tenant, name, version in keys)
-        return Damage(blob, "missing" if self._blobs.size(blob) is None else "changed", names)
+        return Damage(blob, "missing" if self._blobs.size(blob) is None else "damaged", names)
 
     def _manifest(self, digest: Digest) -> dict[str, manifest.Entry]:
         if self._blobs.size(digest) is None:

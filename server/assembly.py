@@ -1,6 +1,6 @@
 """Assembly: settings in, a running server's parts out. The only place that knows how everything fits together.
 
-    settings -> base -> runner + scheduler -> engine -> client -> app          store, tokenizer and metrics beside it
+settings -> base -> runner + scheduler -> engine -> client -> app          store, tokenizer and metrics beside it
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from adapters_store.store import Store
 
 from . import __version__
 from .api.app import create_app
+from .api.context import Readiness
+from .demo import DEMO
 from .engine.client import Mailbox
 from .engine.engine import Engine
 from .engine.pages import Pages
@@ -37,6 +39,7 @@ from .model.loader import Base, load_base
 from .model.pull import Report, quiet, resolve
 from .model.runner import CacheShape, Runner, block_nbytes
 from .model.text import Text
+from .serving import lifespan
 from .settings import Settings, default_home
 
 log = structlog.get_logger(__name__)
@@ -54,6 +57,7 @@ class Server:
     engine: Engine
     store: Store
     app: FastAPI
+    readiness: Readiness
 
 
 def assemble(settings: Settings, report: Report = quiet) -> Server:
@@ -62,7 +66,7 @@ def assemble(settings: Settings, report: Report = quiet) -> Server:
     torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
     directory = resolve(settings.model, default_home(), report)
     kernels = choose_kernels(device, settings.native, default_home(), lambda line: report(line, 0, 0))
-    base = load_base(directory, device, dtype, kernels)
+    base = load_base(directory, device, dtype, kernels.prepare)
     cache = cache_shape(settings, base)
     limits = scheduler_limits(settings, base, cache)
     store = Store.open(settings.store or Path.home() / ".local" / "share" / "adapterd")
@@ -79,20 +83,52 @@ def assemble(settings: Settings, report: Report = quiet) -> Server:
         mailbox.publish,
         settings.host_cache_mb << 20,
     )
+    readiness = Readiness("loading")
     app = create_app(
         engine=engine,
         text=text,
         store=store,
         metrics=metrics,
         settings=settings,
-        validate=_validator(base, settings),
+        validate=lambda paths, digest: check_files(paths, base, settings),
         model_name=settings.model,
         mailbox=mailbox,
         max_total_tokens=limits.max_total_tokens,
         info=_info(settings, base, cache, limits, kernels),
+        readiness=readiness,
+        lifespan=lifespan(engine, readiness, store.close),
     )
     log.info("base model ready", model=settings.model, digest=base.shape.digest.short, kernels=kernels.name)
-    return Server(settings, base, engine, store, app)
+    return Server(settings, base, engine, store, app, readiness)
+
+
+def seed_demo(server: Server) -> None:
+    """Upload the bundled adapters and bind their users; what is there already is left as it is.
+
+    Raises: AdapterError when the base is another one than they were trained on.
+    """
+    store, tenant = server.store, "default"
+    for demo in DEMO:
+        with store.stage() as staged:
+            for path in sorted(demo.directory.iterdir()):
+                with staged.file(path.name) as file:
+                    file.write(path.read_bytes())
+            details = check_files(staged.paths, server.base, server.settings)
+            store.publish(staged, tenant=tenant, name=demo.name, method=demo.method, parts=(demo.method,), details=details)
+        if demo.user_id:
+            store.bind_user(tenant, demo.user_id, demo.name)
+
+
+def check_adapter(directory: Path, model: str) -> Mapping[str, JSON]:
+    """What an upload of `directory` would be. Raises: AdapterError naming why it would be refused."""
+    settings = Settings(model=model)
+    base = load_base(resolve(model, default_home()), torch.device("cpu"), torch.float32)
+    return check_files({path.name: path for path in directory.iterdir() if path.is_file()}, base, settings)
+
+
+def check_files(paths: Mapping[str, Path], base: Base, settings: Settings) -> Mapping[str, JSON]:
+    """Validation as `POST /adapters` does it: with the very reader that later loads the adapter."""
+    return describe(read_parts(paths, base.shape, upload_limits(settings)))
 
 
 def choose_device(settings: Settings) -> tuple[torch.device, torch.dtype]:
@@ -143,15 +179,6 @@ def upload_limits(settings: Settings) -> Limits:
     return Limits(max_rank=settings.max_rank, max_virtual_tokens=settings.max_virtual_tokens)
 
 
-def _validator(base: Base, settings: Settings) -> Callable[[Mapping[str, Path], Digest], Mapping[str, JSON]]:
-    """What an upload is checked with: the very reader that later loads it."""
-
-    def validate(paths: Mapping[str, Path], digest: Digest) -> Mapping[str, JSON]:
-        return describe(read_parts(paths, base.shape, upload_limits(settings)))
-
-    return validate
-
-
 def _loader(store: Store, base: Base, settings: Settings) -> Callable[[Digest], Adapter]:
     def load(digest: Digest) -> Adapter:
         return read_adapter(store.files(digest), base.shape, upload_limits(settings), digest)
@@ -159,9 +186,7 @@ def _loader(store: Store, base: Base, settings: Settings) -> Callable[[Digest], 
     return load
 
 
-def _info(
-    settings: Settings, base: Base, cache: CacheShape, limits: SchedulerLimits, kernels: Kernels
-) -> Mapping[str, JSON]:
+def _info(settings: Settings, base: Base, cache: CacheShape, limits: SchedulerLimits, kernels: Kernels) -> Mapping[str, JSON]:
     """`GET /info`: TGI's and LoRAX's names where they have one."""
     return {
         "model_id": settings.model,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 
@@ -18,8 +17,6 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
 from adapters_store.digest import Digest
-
-from .errors import AdapterdError
 
 BASE_LABEL = "__base_model__"  # LoRAX's name for "no adapter"
 OTHER_LABEL = "other"
@@ -89,15 +86,6 @@ class Metrics:
     def finished(self, outcome: str) -> None:
         """One request ended, or was refused; `outcome` is success, cancelled, timeout or an error's `error_type`."""
         self._requests.labels(outcome).inc()
-
-    @contextmanager
-    def counting_refusals(self) -> Iterator[None]:
-        """Count a request that fails before the engine has seen it under its error's type."""
-        try:
-            yield
-        except AdapterdError as error:
-            self.finished(error.error_type)
-            raise
 
     def first_token(self, seconds: float) -> None:
         self._ttft.observe(seconds)

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from ..errors import MalformedError, TooLargeError, ValidationError
 from .context import services_of
+from .failures import counting_refusals
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -39,8 +40,7 @@ def json_body(model: type[Model], *, counted: bool = False) -> Callable[[Request
     """
 
     async def read(request: Request) -> Model:
-        metrics = services_of(request).metrics
-        with metrics.counting_refusals() if counted else nullcontext():
+        with counting_refusals(services_of(request).metrics) if counted else nullcontext():
             return await parse(request)
 
     async def parse(request: Request) -> Model:

@@ -6,8 +6,8 @@ Native routes answer {"error", "error_type"}, those under /v1 OpenAI's {"error":
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 
 import structlog
 from fastapi import FastAPI, Request
@@ -26,6 +26,7 @@ from ..errors import (
     UnavailableError,
     ValidationError,
 )
+from ..metrics import Metrics
 from .sse import event
 
 _log = structlog.get_logger("adapterd.api")
@@ -75,6 +76,16 @@ async def reported(events: AsyncGenerator[bytes, None], request: Request) -> Asy
         except Exception as error:
             known = translate(error, request_id_of(request))
             yield event(payload(known, openai=is_openai(request)))
+
+
+@contextmanager
+def counting_refusals(metrics: Metrics) -> Iterator[None]:
+    """Count a request that fails before the engine has seen it under its error's type."""
+    try:
+        yield
+    except (AdapterdError, store_errors.StoreError) as error:
+        metrics.finished(translate(error, "-").error_type)
+        raise
 
 
 def install(app: FastAPI) -> None:

@@ -16,7 +16,7 @@ from ..model.text import Text
 from .auth import Tenant
 from .body import documented, json_body
 from .context import Context, Services, require_ready
-from .failures import reported
+from .failures import counting_refusals, reported
 from .jobs import Order, encode, job_of
 from .resolve import resolve
 from .rules import check_generate, check_stop, generate_wish
@@ -129,7 +129,7 @@ async def _events(body: GenerateRequest, generation: Generation, text: Text) -> 
 
 async def _prepare(request: Request, body: GenerateRequest, services: Services, tenant: str, *, streaming: bool) -> Job:
     """Raises: ValidationError, NotFound."""
-    with services.metrics.counting_refusals():
+    with counting_refusals(services.metrics):
         parameters = body.parameters
         check_generate(parameters, services.limits, streaming=streaming)
         if not body.inputs:

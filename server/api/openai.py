@@ -25,7 +25,7 @@ from ..requests import FinishReason
 from .auth import Tenant
 from .body import documented, json_body
 from .context import Context, Services, require_ready
-from .failures import UnknownModelError, reported
+from .failures import UnknownModelError, counting_refusals, reported
 from .generate import identity_headers, started_at, user_of
 from .jobs import Order, check_ids, copies, encode, job_of
 from .resolve import Resolved, resolve
@@ -36,6 +36,8 @@ from .sse import DONE, EventStream, event, while_connected
 MAX_CHOICES = 16  # of one request, all its prompts together
 _COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 _PAGE = 1000
+
+_BASE_ALIASES = ("", "tgi", "dummy")  # what TGI's documentation and Hugging Face's client call a server's only model
 
 _FINISH = {FinishReason.LENGTH: "length", FinishReason.EOS: "stop", FinishReason.STOP: "stop"}
 
@@ -73,7 +75,7 @@ ChatBody = Annotated[ChatRequest, Depends(json_body(ChatRequest, counted=True))]
 )
 async def completions(request: Request, body: CompletionBody, services: Context, tenant: Tenant) -> Response:
     """Continue one prompt or several, given as text or as token ids."""
-    with services.metrics.counting_refusals():
+    with counting_refusals(services.metrics):
         orders = await _completion_jobs(request, body, services, tenant)
     shape = _Completions(body, services.text, [Choice(prefix=prompt if body.echo else "") for prompt, _ in orders])
     return await _answer(request, body, shape, [job for _, job in orders], services)
@@ -91,7 +93,7 @@ async def completions(request: Request, body: CompletionBody, services: Context,
 )
 async def chat_completions(request: Request, body: ChatBody, services: Context, tenant: Tenant) -> Response:
     """The assistant's next message, through the base model's own chat template."""
-    with services.metrics.counting_refusals():
+    with counting_refusals(services.metrics):
         jobs = await _chat_jobs(request, body, services, tenant)
     shape = _Chat(body, services.text, [Choice() for _ in jobs])
     return await _answer(request, body, shape, jobs, services)
@@ -175,13 +177,19 @@ async def _resolve(services: Services, tenant: str, model: str, *, user: str | N
 
     Raises: UnknownModelError when the name is neither; NotFound when it is the user's adapter that is missing.
     """
+
+    async def through(adapter: str | None) -> Resolved:
+        return await resolve(services.store, services.names, tenant, adapter_id=adapter, user_id=user, compose=compose)
+
     adapter = None if model in (services.model_name, "") else model
     try:
-        return await resolve(services.store, services.names, tenant, adapter_id=adapter, user_id=user, compose=compose)
+        return await through(adapter)
     except NotFound as error:
-        if error.name == adapter:
-            raise UnknownModelError(model) from None
-        raise
+        if error.name != adapter:
+            raise
+    if model in _BASE_ALIASES:
+        return await through(None)
+    raise UnknownModelError(model)
 
 
 def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> Sequence[str | Sequence[int]]:

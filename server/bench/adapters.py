@@ -1,9 +1,9 @@
 """Random adapters of every family, as the files that PEFT or AdapterHub would have saved for a given base.
 
-Owns names and shapes of those files, and values small enough that logits stay finite. Holds no weights of the base: its
-modules are read off the architecture, built without memory.
+Owns names and shapes of those files, and values small enough that logits stay finite. Knows of the base what its server
+says in /info: module names and sizes, no weights.
 
-    files = make_adapter("lora", dimensions, np.random.default_rng(0), rank=16)
+    files = make_adapter("lora", Dimensions.of(info), np.random.default_rng(0), rank=16)
     {"adapter_config.json": b"{...}", "adapter_model.safetensors": b"..."}
 """
 
@@ -12,15 +12,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from ..methods.base import Sublayer
-from ..methods.layout import sublayers
 from .options import BenchError, Family
 
 Array = NDArray[np.float32]
@@ -34,11 +31,20 @@ _PREFIX: Final = "base_model.model."
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A Linear or Conv1D of the base, the output head excluded."""
+    """A Linear or Conv1D inside the base's layers."""
 
     name: str
     in_features: int
     out_features: int
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """The module whose output is a sublayer's."""
+
+    layer: int
+    kind: str  # "attention" or "feed_forward"
+    module: str
 
 
 @dataclass(frozen=True)
@@ -52,19 +58,15 @@ class Dimensions:
     num_kv_heads: int
     head_dim: int
     linears: tuple[Linear, ...]
-    sublayers: tuple[Sublayer, ...]  # empty where the architecture's layout is not known
+    exits: tuple[Exit, ...]  # empty where the architecture's layout is not known
 
     @classmethod
-    def read(cls, config: Mapping[str, object] | Path) -> Dimensions:
-        """From a Hugging Face config: the object itself, or the directory that holds config.json.
-
-        Raises: BenchError when it is not the config of a decoder.
-        """
+    def of(cls, info: Mapping[str, Any]) -> Dimensions:
+        """From what GET /info says. Raises: BenchError when it lacks a field or has one of another form."""
         try:
-            values = json.loads((config / "config.json").read_bytes()) if isinstance(config, Path) else dict(config)
-            return _dimensions(values)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BenchError(f"`base`: the base model's config is not that of a decoder: {error}") from error
+            return _dimensions(info)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BenchError(f"`url`: GET /info does not describe the server's base model: {error!r}") from error
 
     @property
     def kv_width(self) -> int:
@@ -94,34 +96,23 @@ def make_adapter(
     return _MAKERS[family](Recipe(dimensions, random, rank, virtual_tokens))
 
 
-def _dimensions(values: dict[str, Any]) -> Dimensions:
-    """The model is built on the meta device: every module with its shape, no weight."""
-    import torch
-    from torch import nn
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
-
-    config = AutoConfig.for_model(**values)
-    with torch.device("meta"):
-        model = cast("nn.Module", cast("Any", AutoModelForCausalLM).from_config(config))
-    head = cast("Any", model).get_output_embeddings()
+def _dimensions(info: Mapping[str, Any]) -> Dimensions:
+    """The output head, a module of no layer, is left out: it takes no adapter."""
+    base = info["base"]
     linears = [
-        Linear(name, *((module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
+        Linear(name, int(inputs), int(outputs))
+        for name, (kind, inputs, outputs) in base["modules"].items()
+        if kind in ("linear", "conv1d") and "." in name
     ]
-    text = config.get_text_config()
-    heads = int(text.num_attention_heads)
-    found = sublayers(text.model_type, text.num_hidden_layers, text.to_dict())
     return Dimensions(
-        model_type=text.model_type,
-        hidden_size=int(text.hidden_size),
-        num_layers=int(text.num_hidden_layers),
-        num_heads=heads,
-        num_kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
-        head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
+        model_type=str(info["model_type"]),
+        hidden_size=int(base["hidden_size"]),
+        num_layers=int(base["num_layers"]),
+        num_heads=int(base["num_attention_heads"]),
+        num_kv_heads=int(base["num_key_value_heads"]),
+        head_dim=int(base["head_dim"]),
         linears=tuple(linears),
-        sublayers=found,
+        exits=tuple(Exit(int(layer), str(kind), str(module)) for layer, kind, module in base["sublayers"]),
     )
 
 
@@ -161,15 +152,14 @@ def _lora(recipe: Recipe) -> Files:
 
 def _ia3(recipe: Recipe) -> Files:
     """Keys and values scaled at their output, the feed-forward at the input of its last module."""
-    exits = {sublayer.exit for sublayer in recipe.dimensions.sublayers if sublayer.kind == "feed_forward"}
+    exits = {exit_.module for exit_ in recipe.dimensions.exits if exit_.kind == "feed_forward"}
     scaled = [linear for linear in recipe.dimensions.linears if linear.name in exits or _makes_keys(linear.name)]
     if not scaled:
         raise BenchError(f"`families`: where ia3 goes in a {recipe.dimensions.model_type} is not known")
-    tensors = {
-        f"{_PREFIX}{linear.name}.ia3_l": 1
-        + recipe.noise(*((1, linear.in_features) if linear.name in exits else (linear.out_features, 1)))
-        for linear in scaled
-    }
+    tensors: dict[str, Array] = {}
+    for linear in scaled:
+        shape = (1, linear.in_features) if linear.name in exits else (linear.out_features, 1)
+        tensors[f"{_PREFIX}{linear.name}.ia3_l"] = 1 + recipe.noise(*shape)
     config = {
         "peft_type": "IA3",
         "task_type": "CAUSAL_LM",
@@ -193,13 +183,13 @@ def _bitfit(recipe: Recipe) -> Files:
 def _bottleneck(recipe: Recipe) -> Files:
     """AdapterHub's double_seq_bn: Houlsby's adapters behind attention and feed-forward."""
     dimensions = recipe.dimensions
-    if not dimensions.sublayers:
+    if not dimensions.exits:
         raise BenchError(f"`families`: where a bottleneck goes in a {dimensions.model_type} is not known")
     hidden, width = dimensions.hidden_size, max(1, dimensions.hidden_size // _REDUCTION)
     tensors: dict[str, Array] = {}
-    for sublayer in dimensions.sublayers:
-        layer = sublayer.exit.removesuffix(f".{_within_layer(sublayer.exit)}")
-        place = "attention_adapters" if sublayer.kind == "attention" else "output_adapters"
+    for exit_ in dimensions.exits:
+        layer = exit_.module.removesuffix(f".{_within_layer(exit_.module)}")
+        place = "attention_adapters" if exit_.kind == "attention" else "output_adapters"
         tensors |= _bottleneck_site(f"{layer}.{place}.adapters.bench", recipe, hidden, width)
     config = {
         "config": _DOUBLE_SEQ_BN,

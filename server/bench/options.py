@@ -58,7 +58,7 @@ class BenchOptions:
     warmup: Annotated[bool, "Send a short request through each adapter first, so that loading is not measured."] = True
     seed: Annotated[int | None, "Of prompts, adapters and popularity; unset = a new one, which no cache knows."] = None
     base: Annotated[
-        Path | None, "Directory of the server's base model, to make adapters for it; unset = what the server's /info tells."
+        Path | None, "With --versus-peft: the directory of the server's base model; unset = looked up by its name."
     ] = None
     timeout: Annotated[float, "Seconds a request may take."] = 600.0
 

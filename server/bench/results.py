@@ -164,7 +164,7 @@ class Memory:
     """The server's resident set over the run, against what it says it may hold. None = not exported."""
 
     samples: tuple[MemorySample, ...]
-    budget: Mapping[str, int] = field(default_factory=dict)  # part -> bytes: base, kv_cache, adapter_slots, ...
+    budget: Mapping[str, int] = field(default_factory=dict)  # part -> bytes
 
     @property
     def budget_bytes(self) -> int | None:

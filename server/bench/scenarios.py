@@ -30,7 +30,7 @@ class Findings:
 
 async def plain_load(session: Session) -> Findings:
     """The offered load once, through the adapters asked for."""
-    samples = list(await session.memory(0))
+    samples = await session.memory(0)
     async with session.adapters() as names:
         await session.warm_up(names)
         prompts = await session.prompts(session.options.requests)
@@ -42,7 +42,7 @@ async def plain_load(session: Session) -> Findings:
 
 async def base_versus_adapters(session: Session) -> Findings:
     """The same prompts through adapters (A) and through the base (B), in turn, round after round."""
-    samples = list(await session.memory(0))
+    samples = await session.memory(0)
     async with session.adapters() as names:
         await session.warm_up(names)
         loads: list[Load] = []
@@ -64,7 +64,7 @@ async def base_versus_adapters(session: Session) -> Findings:
 async def many_adapters(session: Session) -> Findings:
     """Upload and use every adapter, a batch of `concurrency` at a time, and read the resident set after each batch."""
     options = session.options
-    samples = list(await session.memory(0))
+    samples = await session.memory(0)
     loads: list[Load] = []
     async with session.cleanup():
         for first in range(0, options.adapters, options.concurrency):
@@ -106,7 +106,7 @@ async def _both(session: Session, sides: Sequence[Sequence[Order]], index: int) 
 
 
 async def _memory(session: Session, samples: list[MemorySample]) -> Memory:
-    return Memory(tuple(samples), (await session.target.scrape()).memory_budget)
+    return Memory(tuple(samples), await session.budget())
 
 
 def _label(session: Session) -> str:

@@ -51,9 +51,9 @@ class Scrape:
         return self.total("process_cpu_seconds_total")
 
     @property
-    def memory_budget(self) -> dict[str, int]:
-        """Bytes that each part of the server may hold."""
-        return {part: int(value) for part, value in self.by("adapterd_memory_budget_bytes", "part").items()}
+    def adapter_slots_bytes(self) -> int | None:
+        """Device memory allocated for adapters: every pool at its full size."""
+        return _whole(self.total("adapterd_adapter_slots_bytes"))
 
 
 def steps_between(before: Scrape, after: Scrape) -> StepReport | None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from random import Random
+from typing import Final
 
 import numpy as np
 
@@ -27,6 +28,13 @@ from .results import OK, MemorySample, Percentiles, Uploads
 from .target import Target
 from .workload import Order, Prompt, choose, make_orders, make_prompts
 
+#: Part of the server -> field of /info with the bytes it may hold.
+_BUDGET: Final = {
+    "runtime": "runtime_bytes",
+    "base": "base_bytes",
+    "KV cache": "kv_cache_bytes",
+    "host cache of adapters": "host_cache_limit_bytes",
+}
 _WARMUP_TOKENS = 2  # generated per adapter: one prefill, one decode
 
 
@@ -107,17 +115,20 @@ class Session:
             if outcome.status != OK:
                 raise BenchError(f"warming up {outcome.adapter or 'the base'} failed with {outcome.status}: {outcome.message}")
 
-    async def memory(self, adapters: int) -> Iterator[MemorySample]:
+    async def memory(self, adapters: int) -> list[MemorySample]:
         """One sample, or none from a server that does not export its resident set."""
         resident = (await self.target.scrape()).resident_bytes
-        return iter(() if resident is None else (MemorySample(adapters, resident),))
+        return [] if resident is None else [MemorySample(adapters, resident)]
+
+    async def budget(self) -> dict[str, int]:
+        """Bytes that each part of the server may hold, as far as it tells."""
+        told = {part: self.info.get(name) for part, name in _BUDGET.items()}
+        slots = (await self.target.scrape()).adapter_slots_bytes
+        return {part: size for part, size in {**told, "adapter slots": slots}.items() if isinstance(size, int)}
 
     @cached_property
     def dimensions(self) -> Dimensions:
-        config = self.info.get("config")
-        if self.options.base is None and isinstance(config, dict):
-            return Dimensions.read(config)
-        return Dimensions.read(self.base_directory)
+        return Dimensions.of(self.info)
 
     @cached_property
     def base_directory(self) -> Path:

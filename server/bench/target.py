@@ -82,7 +82,9 @@ class Target:
         try:
             response = await self._http.request(method, path, **request)
         except httpx.HTTPError as error:
-            raise BenchError(f"`url`: {method} {self._http.base_url}{path[1:]} got no answer: {error!r}") from error
+            raise BenchError(
+                f"`url`: {method} {str(self._http.base_url).rstrip('/')}{path} got no answer: {error!r}"
+            ) from error
         if response.is_success or response.status_code in allowed:
             return response
         raise BenchError(f"the server refused {method} {path} with {response.status_code}: {response.text[:_SHOWN]}")

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError
+from ..methods.activations import activation_of
 from ..methods.base import BaseShape, Checkpoint, Sublayer, Tensors, check_shape
-from ..methods.bottleneck import activation_of
 from ..methods.layout import Kind
 from .adapterhub_fields import BottleneckFields, InterfaceFields, LoraFields, UploadFields, members_of, parse, shown
 

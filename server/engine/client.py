@@ -284,7 +284,7 @@ class Generation(AsyncIterator[Delta]):
             self.summary.queue = event.queue_seconds
             self._client.metrics.queued(event.queue_seconds)
         if event.prompt:
-            self.summary.prefill = event.prompt
+            self.summary.prefill += event.prompt  # one event per chunk of the prompt
         self.summary.cached_tokens = max(self.summary.cached_tokens, event.cached_tokens)
 
     def _translate(self, event: Event) -> None:

@@ -67,7 +67,7 @@ class Engine:
         self._wake = threading.Condition()
         self._closing = False
         self._progress = False  # the last step did something, so the next may too
-        self._accepted = 0  # requests in the inbox that the scheduler has not seen yet
+        self._pending = 0  # accepted requests that have not ended yet
         self._stats = EngineStats()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self.beat = time.monotonic()  # when the loop last came round, for a watchdog
@@ -92,9 +92,9 @@ class Engine:
         with self._wake:
             if self._closing:
                 raise UnavailableError("the server is shutting down")
-            if self._stats.waiting + self._stats.running + self._accepted >= limits.max_running + limits.max_waiting:
+            if self._pending >= limits.max_running + limits.max_waiting:
                 raise OverloadedError
-            self._accepted += 1
+            self._pending += 1
             self._inbox.append(lambda: self._submit(request))
             self._wake.notify()
 
@@ -124,6 +124,12 @@ class Engine:
     def stats(self) -> EngineStats:
         return self._stats
 
+    @property
+    def pending(self) -> int:
+        """Accepted requests that have not ended yet."""
+        with self._wake:
+            return self._pending
+
     def _post(self, work: Callable[[], None]) -> bool:
         """Have the engine's thread do something between steps; false when it is stopping and will not."""
         with self._wake:
@@ -141,11 +147,10 @@ class Engine:
     # -- the engine's thread: inbox ------------------------------------------------------------------------------
 
     def _submit(self, request: Request) -> None:
-        self._accepted -= 1
         try:
             self._scheduler.submit(request)
         except AdapterdError as error:
-            self._publish([Event(request.id, finish=FinishReason.ERROR, error=error)])
+            self._tell([Event(request.id, finish=FinishReason.ERROR, error=error)])
 
     def _take_loaded(self, digest: Digest, result: Adapter | AdapterdError) -> None:
         if isinstance(result, AdapterdError):
@@ -237,9 +242,7 @@ class Engine:
             self._observe(plan, time.monotonic() - begun)
         self._progress = bool(rows or plan.changes)
         self._snapshot()
-        events = self._scheduler.take_events()
-        if events:
-            self._publish(events)
+        self._tell(self._scheduler.take_events())
         if self._scheduler.idle:
             self._check_leaks()
 
@@ -275,7 +278,7 @@ class Engine:
     def _fail_running(self, error: AdapterdError) -> None:
         for sequence in list(self._scheduler.running):
             self._scheduler.fail_sequence(sequence, error)
-        self._publish(self._scheduler.take_events())
+        self._tell(self._scheduler.take_events())
 
     def _run(self, rows: list[Row]) -> None:
         """One forward pass; if it raises, the batch is halved until the culprit is alone, and only that one fails."""
@@ -323,6 +326,13 @@ class Engine:
             host_cache_bytes=self._cache.nbytes,
         )
 
+    def _tell(self, events: list[Event]) -> None:
+        if not events:
+            return
+        with self._wake:
+            self._pending -= sum(1 for event in events if event.finish is not None)
+        self._publish(events)
+
     def _check_leaks(self) -> None:
         try:
             self._scheduler.check_idle()
@@ -336,7 +346,5 @@ class Engine:
             self._scheduler.fail_sequence(sequence, gone)
         for _, future in self._warm:
             future.set_exception(gone)
-        events = self._scheduler.take_events()
-        if events:
-            self._publish(events)
+        self._tell(self._scheduler.take_events())
         self._snapshot()

@@ -16,7 +16,7 @@ from enum import Enum, auto
 
 from adapters_store.digest import Digest
 
-from ..errors import AdapterdError, GenerationError, OverloadedError, ValidationError
+from ..errors import AdapterdError, GenerationError, ValidationError
 from ..requests import Event, FinishReason, Request, Token
 from .pages import Pages, chain_key, chain_seed
 from .plan import Copy, Evict, Fill, Plan, Put, Row, Sample, Sequence
@@ -81,9 +81,7 @@ class Scheduler:
         return not self.waiting and not self.running and not self._outbox
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises: OverloadedError when the queue is full, ValidationError when it can never fit."""
-        if len(self.waiting) >= self.limits.max_waiting + max(0, self.limits.max_running - len(self.running)):
-            raise OverloadedError
+        """Queue a request; how many may queue is the engine's business. Raises: ValidationError when it can never fit."""
         self._check_length(request, virtual=0)
         if len(request.adapters) > self.residency.capacity:
             raise ValidationError(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from .base import BaseShape, Checkpoint, Limits, Method, Op, Part, Rows, Tensors, check_shape, site_shape
-from .grouped import Pool, per_row
+from .grouped import Pool, PooledOp, per_row
 
 
 class BitFit(Method):
@@ -43,12 +43,13 @@ def _delta(module: str, tensors: Tensors, base: BaseShape) -> Tensor:
     return tensor.float() - shape.bias.float()
 
 
-class BitFitOp(Op):
+class BitFitOp(PooledOp):
     """Semantics: y[t] += d[s] for each row t of the pool, s its slot. d [slots, out], zero where unused."""
 
     order: ClassVar[int] = 20
 
     def __init__(self, out_features: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
         self.delta = Pool((out_features,), 0.0, device, dtype)
 
     @property
@@ -60,9 +61,14 @@ class BitFitOp(Op):
 
     def put(self, slot: int, tensors: Tensors) -> None:
         self.delta.tensor[slot] = tensors["delta"]
+        self._held.add(slot)
 
     def clear(self, slot: int) -> None:
+        self._held.discard(slot)
         self.delta.clear(slot)
 
     def after(self, x: Tensor, y: Tensor, rows: Rows) -> Tensor:
+        rows = self.held(rows)
+        if not rows.groups:
+            return y
         return rows.store(y, rows.take(y) + per_row(self.delta.tensor, rows, self))

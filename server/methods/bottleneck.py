@@ -14,7 +14,7 @@ library's options give which `Form` is the dialect reader's business.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self, cast
 
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import AdapterError
+from .activations import ACTIVATIONS, activation_of
 from .base import BaseShape, Checkpoint, Limits, Method, Op, Part, Rows, Sublayer, Tensors, check_shape
 from .grouped import Pool, Split, split_of
 
@@ -31,46 +32,6 @@ READS = ("output", "sum", "residual")
 SMALLEST_BUCKET = 8
 #: torch's default; the libraries that write these norms never change it.
 NORM_EPS = 1e-5
-
-#: Activations by the names transformers gives them (and AdapterHub's "leakyrelu"); none has parameters of its own.
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_10": lambda x: F.gelu(x).clamp(-10.0, 10.0),
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "hardswish": F.hardswish,
-    "laplace": lambda x: 0.5 * (1.0 + torch.erf((x - 0.707107) / (0.282095 * 2.0**0.5))),
-    "leaky_relu": F.leaky_relu,
-    "linear": lambda x: x,
-    "mish": F.mish,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-    "relu6": F.relu6,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-}
-#: Other names of the same functions, so that equal adapters share a pool.
-ALIASES: Mapping[str, str] = {
-    "gelu_accurate": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "gelu_python": "gelu",
-    "gelu_python_tanh": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "leakyrelu": "leaky_relu",
-    "swish": "silu",
-}
-
-
-def activation_of(field: str, name: str) -> str:
-    """The name in ACTIVATIONS. Raises: AdapterError naming the config field of an activation that is not served."""
-    lowered = name.lower()
-    found = ALIASES.get(lowered, lowered)
-    if found not in ACTIVATIONS:
-        known = ", ".join(sorted({*ACTIVATIONS, *ALIASES}))
-        raise AdapterError(field, f"activation {name[:40]!r} is not supported; supported: {known}")
-    return found
 
 
 def bucket_of(width: int) -> int:

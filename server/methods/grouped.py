@@ -13,7 +13,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .base import Rows
+from .base import Op, Rows
+
+Groups = tuple[tuple[int, int, int], ...]
 
 #: A group of at least this many rows gets products of its own; shorter ones share batched ones over gathered weights.
 LONG_GROUP = 4
@@ -41,6 +43,42 @@ class Pool:
 
     def clear(self, slot: int) -> None:
         self.tensor[slot] = self.identity
+
+
+class PooledOp(Op):
+    """An op with pools, at a module that not every adapter of its pool names.
+
+    Invariant: only rows of slots that were put here run here. A step's rows hold slots of other modules too, and those may
+    lie past the end of this module's pools.
+    """
+
+    def __init__(self) -> None:
+        self._held: set[int] = set()
+
+    def held(self, rows: Rows) -> Rows:
+        """The rows this module's adapters own: found once per composition, nearly always all of them."""
+        kept = rows.scratch.get((self, "held"))
+        if kept is None:
+            groups = tuple(group for group in rows.groups if group[0] in self._held)
+            kept = rows.scratch[self, "held"] = len(groups) == len(rows.groups) or _narrowed(rows, groups)
+        return rows if kept is True else cast("Rows", kept)
+
+
+def _narrowed(rows: Rows, groups: Groups) -> Rows:
+    """`rows` without the other groups; modules that hold the same slots share the result, and what ops keep in it."""
+    kept = rows.scratch.get(groups)
+    if kept is None:
+        at = [position for _, start, stop in groups for position in range(start, stop)]
+        picked = rows.index.new_tensor(at)
+        where = tokens(rows, at[0], at[-1] + 1) if at and _is_run(at) else None
+        kept = rows.scratch[groups] = Rows(
+            index=rows.index[picked],
+            slot=rows.slot[picked],
+            groups=_runs([slot for slot, start, stop in groups for _ in range(start, stop)]),
+            span=where if isinstance(where, slice) else None,
+            taps=rows.taps,
+        )
+    return cast("Rows", kept)
 
 
 def per_row(pool: Tensor, rows: Rows, key: object) -> Tensor:
@@ -128,6 +166,6 @@ def rows_of(slots: Sequence[int], device: torch.device | None = None) -> Rows:
     )
 
 
-def _runs(slots: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
+def _runs(slots: Sequence[int]) -> Groups:
     starts = [i for i, slot in enumerate(slots) if i == 0 or slot != slots[i - 1]]
     return tuple((slots[i], i, j) for i, j in pairwise([*starts, len(slots)]))

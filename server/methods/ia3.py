@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from .base import BaseShape, Checkpoint, Limits, Method, Op, Part, Rows, Tensors, check_shape, site_shape
-from .grouped import Pool, per_row
+from .grouped import Pool, PooledOp, per_row
 
 
 class IA3(Method):
@@ -37,7 +37,7 @@ class IA3(Method):
         return IA3Op(shape.in_features, shape.out_features, device, dtype)
 
 
-class IA3Op(Op):
+class IA3Op(PooledOp):
     """Semantics: x'[t] = x[t] * l_in[s], y'[t] = y[t] * l_out[s] for each row t of the pool, s its slot.
 
     Adapters may disagree on which side of one module they scale, so a site has both; each is allocated by its first
@@ -47,6 +47,7 @@ class IA3Op(Op):
     order: ClassVar[int] = 30
 
     def __init__(self, in_features: int, out_features: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
         self._capacity = 0
         self._unused = {
             "in": Pool((in_features,), 1.0, device, dtype),
@@ -71,18 +72,22 @@ class IA3Op(Op):
         self.clear(slot)
         for side, tensor in tensors.items():
             self._pool(side).tensor[slot] = tensor
+        self._held.add(slot)
 
     def clear(self, slot: int) -> None:
+        self._held.discard(slot)
         for pool in self._used.values():
             pool.clear(slot)
 
     def before(self, x: Tensor, rows: Rows) -> Tensor:
-        if "in" not in self._used:
+        rows = self.held(rows)
+        if "in" not in self._used or not rows.groups:
             return x
         return rows.store(x.clone(), rows.take(x) * per_row(self._used["in"].tensor, rows, (self, "in")))
 
     def after(self, x: Tensor, y: Tensor, rows: Rows) -> Tensor:
-        if "out" not in self._used:
+        rows = self.held(rows)
+        if "out" not in self._used or not rows.groups:
             return y
         return rows.store(y, rows.take(y) * per_row(self._used["out"].tensor, rows, (self, "out")))
 

@@ -29,7 +29,7 @@ from .base import (
     check_shape,
     site_shape,
 )
-from .grouped import Pool, per_row, split_of
+from .grouped import Pool, PooledOp, per_row, split_of
 
 #: kernel(x, y, A, B, rows): adds B[slot] A[slot] x to the pool's rows of y [T, out], in place.
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Rows], None]
@@ -100,7 +100,7 @@ def _scaled(name: str, tensor: Tensor, scale: float) -> Tensor:
     return scaled
 
 
-class LoraOp(Op):
+class LoraOp(PooledOp):
     """Semantics: y[t] += B[s] @ (A[s] @ x[t]) + d[s] for each row t of the pool, s its slot.
 
     A [slots, r, in], B [slots, out, r], zero padded from the adapter's rank to r; d [slots, out] once a LoRA bias came.
@@ -121,6 +121,7 @@ class LoraOp(Op):
         dtype: torch.dtype,
         kernel: Kernel | None = None,
     ) -> None:
+        super().__init__()
         self.a = Pool((rank, in_features), 0.0, device, dtype)
         self.b = Pool((out_features, rank), 0.0, device, dtype)
         self.bias: Pool | None = None
@@ -141,12 +142,17 @@ class LoraOp(Op):
         self.b.tensor[slot, :, :rank] = tensors["B"]
         if "bias" in tensors:
             self._bias_pool().tensor[slot] = tensors["bias"]
+        self._held.add(slot)
 
     def clear(self, slot: int) -> None:
+        self._held.discard(slot)
         for pool in self._pools():
             pool.clear(slot)
 
     def after(self, x: Tensor, y: Tensor, rows: Rows) -> Tensor:
+        rows = self.held(rows)
+        if not rows.groups:
+            return y
         if self.kernel is not None:
             self.kernel(x, y, self.a.tensor, self.b.tensor, rows)
         else:
@@ -169,11 +175,15 @@ class LoraOp(Op):
         split = split_of(rows)
         for slot, where in split.long:
             a, b = self.a.tensor[slot].to(x.dtype), self.b.tensor[slot].to(x.dtype)
-            y[where] = torch.addmm(y[where], x[where] @ a.T, b.T)
+            own = y[where]  # a view where `where` is a slice
+            own.addmm_(x[where] @ a.T, b.T)
+            _write_back(y, where, own)
         if split.short is not None:
             a, b = self._gathered(split.slots, rows, x.dtype)
             hidden = torch.bmm(a, x[split.short].unsqueeze(-1))  # [m, r, 1]
-            y[split.short] = torch.baddbmm(y[split.short].unsqueeze(-1), b, hidden).squeeze(-1)
+            own = y[split.short]
+            own.unsqueeze(-1).baddbmm_(b, hidden)
+            _write_back(y, split.short, own)
 
     def _gathered(self, slots: slice | Tensor, rows: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A [m, r, in] and B [m, out, r] of the short rows: the pool itself, or a copy kept with the composition."""
@@ -182,3 +192,8 @@ class LoraOp(Op):
             kept = self.a.tensor[slots].to(dtype), self.b.tensor[slots].to(dtype)
             rows.scratch[self] = kept
         return cast("tuple[Tensor, Tensor]", kept)
+
+
+def _write_back(y: Tensor, where: slice | Tensor, own: Tensor) -> None:
+    if isinstance(where, Tensor):
+        y[where] = own

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from adapters_store.digest import Digest
+from adapters_store.records import JSON
 
 from ..checkpoints import read_checkpoints
 from ..errors import AdapterError
@@ -53,7 +54,7 @@ def _joined(one: Part, other: Part) -> Part:
     return replace(one, sites={**one.sites, **other.sites})
 
 
-def describe(parts: Sequence[Part]) -> dict[str, object]:
+def describe(parts: Sequence[Part]) -> dict[str, JSON]:
     """What an upload turned out to be, ready for JSON."""
     return {
         "methods": [part.method for part in parts],
@@ -64,7 +65,7 @@ def describe(parts: Sequence[Part]) -> dict[str, object]:
     }
 
 
-def _describe(part: Part) -> dict[str, object]:
+def _describe(part: Part) -> dict[str, JSON]:
     return {
         "method": part.method,
         "pool": part.pool,

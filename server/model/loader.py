@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -47,8 +47,12 @@ class Base:
         return sum(tensors.values())
 
 
-def load_base(directory: Path, device: torch.device, dtype: torch.dtype) -> Base:
+def load_base(
+    directory: Path, device: torch.device, dtype: torch.dtype, prepare: Callable[[nn.Module], None] | None = None
+) -> Base:
     """Load a decoder from local safetensors and check that it can be served. `dtype` is the activations'.
+
+    `prepare` may then swap modules for packed or fused ones of the same arithmetic.
 
     Raises: UnsupportedModelError when it is no decoder or its attention is not understood.
     """
@@ -59,7 +63,10 @@ def load_base(directory: Path, device: torch.device, dtype: torch.dtype) -> Base
     except (ValueError, OSError) as error:
         raise UnsupportedModelError(f"{directory} is not a decoder that can be served: {error}") from error
     nn.Module.to(model, device)
-    return make_base(model, digest_of(directory), device, dtype)
+    base = make_base(model, digest_of(directory), device, dtype)
+    if prepare is not None:
+        prepare(base.model)
+    return base
 
 
 def make_base(model: nn.Module, digest: Digest, device: torch.device, dtype: torch.dtype) -> Base:

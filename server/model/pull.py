@@ -28,11 +28,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock, Timeout
 
 from ..errors import AdapterdError, NotFoundError, UnavailableError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 Report = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all (0 = unknown)
 T = TypeVar("T")
@@ -111,16 +114,14 @@ def is_model(directory: Path) -> bool:
 def console_report() -> Iterator[Report]:
     """A report for people, on stderr: one progress bar on a terminal, else a line per stage."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress
 
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _lines()
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda what, done, total: progress.update(task, description=what, completed=min(done, total), total=total or None)
+    with Progress(console=console, transient=True) as progress:
+        yield _bars(progress)
 
 
 def _lines() -> Report:
@@ -131,6 +132,22 @@ def _lines() -> Report:
         if what != last:
             print(what, file=sys.stderr, flush=True)
         last = what
+
+    return report
+
+
+def _bars(progress: Progress) -> Report:
+    """A line per stage, and a bar under it while its size is known."""
+    last = ""
+    bar = progress.add_task("", visible=False)
+
+    def report(what: str, done: int, total: int) -> None:
+        nonlocal last
+        if what != last:
+            progress.console.print(what, highlight=False)
+            progress.reset(bar, total=total, visible=total > 0)
+        last = what
+        progress.update(bar, completed=min(done, total))
 
     return report
 
@@ -221,8 +238,9 @@ def _in_child(function: str, *arguments: str) -> None:
 
 def run_child(function: str, *arguments: str) -> None:
     """What the child does. Its last line on stderr is the error on one line, not the end of a traceback."""
+    steps: dict[str, Callable[..., None]] = {"download": download, "convert": convert, "prove": prove}
     try:
-        {"download": download, "convert": convert, "prove": prove}[function](*arguments)
+        steps[function](*arguments)
     except Exception as error:
         sys.exit(" ".join(str(error).split())[:500] or type(error).__name__)
 

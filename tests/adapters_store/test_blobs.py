@@ -120,6 +120,7 @@ def test_the_drafts_of_the_living_are_kept_and_those_of_the_dead_swept(blobs: Fi
     dead.mkdir()
     (dead / "0").write_bytes(b"half an upload")
     draft = written(blobs, b"x")
+    (root / "staging" / "notes.txt").write_text("mine")
     neighbour = FileBlobs(root)
     assert not dead.exists()
     assert draft.path.exists()
@@ -136,7 +137,7 @@ def test_close_removes_the_drafts(root: Path) -> None:
     blobs = FileBlobs(root)
     draft = written(blobs, b"x")
     blobs.close()
-    draft.close()
+    draft.discard()
     assert list((root / "staging").iterdir()) == []
 
 

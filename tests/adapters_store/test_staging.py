@@ -97,6 +97,17 @@ def test_one_file_at_a_time(store: Store) -> None:
             staged.seal()
 
 
+def test_a_file_ends_with_its_block(store: Store) -> None:
+    with store.stage() as staged:
+        with staged.file("a") as first:
+            first.write(b"1")
+        with pytest.raises(Conflict, match="this file is closed"):
+            first.write(b"2")
+        with staged.file("b"), pytest.raises(Conflict, match="this file is closed"):
+            first.write(b"2")
+        assert staged.paths["a"].read_bytes() == b"1"
+
+
 def test_the_number_of_files_is_limited(store: Store) -> None:
     with store.stage() as staged:
         for number in range(MAX_FILES):

@@ -73,6 +73,23 @@ def test_an_upload_is_published_once(store: Store) -> None:
     assert store.count() == 1
 
 
+def test_what_was_published_can_no_longer_be_written_to(store: Store) -> None:
+    with store.stage() as staged:
+        with staged.file("a") as file:
+            file.write(b"1")
+        record, _ = store.publish(staged, tenant="acme", name="x", method="lora", parts=(), details={})
+        with pytest.raises(Conflict, match="this file is closed"):
+            file.write(b"2")
+    assert store.files(record.digest)["a"].read_bytes() == b"1"
+
+
+def test_an_upload_ends_with_its_context(store: Store) -> None:
+    with store.stage() as staged:
+        staged.write("a", [b"1"])
+    with pytest.raises(Conflict, match="is closed"):
+        store.publish(staged, tenant="acme", name="x", method="lora", parts=(), details={})
+
+
 def test_an_empty_upload_is_refused(store: Store, upload: Upload) -> None:
     with pytest.raises(Invalid, match="at least one file"):
         upload(store, "acme", "support")
@@ -397,11 +414,19 @@ def test_verify_finds_every_changed_or_missing_byte_and_an_upload_repairs_it(sto
     files["a"].write_bytes(b"12346")
     files["b"].unlink()
     damage = {fault.problem: fault for fault in store.verify()}
-    assert damage["changed"].blob == Digest.of(b"12345")
-    assert damage["changed"].versions == ("acme support@1", "zeta helper@1")
+    assert damage["damaged"].blob == Digest.of(b"12345")
+    assert damage["damaged"].versions == ("acme support@1", "zeta helper@1")
     assert (damage["missing"].blob, damage["missing"].versions) == (Digest.of(b"678"), ("acme support@1",))
     upload(store, "acme", "repair", a=b"12345", b=b"678")
     assert store.verify() == ()
+
+
+def test_verify_reports_what_cannot_be_read_and_goes_on(store: Store, upload: Upload) -> None:
+    record, _ = upload(store, "acme", "support", a=b"1", b=b"2")
+    for path in store.files(record.digest).values():
+        path.unlink()
+        path.mkdir()
+    assert [fault.problem for fault in store.verify()] == ["damaged", "damaged"]
 
 
 @pytest.mark.parametrize("damage", [b"", b"123456"])

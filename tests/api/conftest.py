@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,14 @@ def text() -> Text:
     return Text(tiny_tokenizer())
 
 
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store made once and copied per test: making one waits for the disk several times."""
+    root = tmp_path_factory.mktemp("empty") / "store"
+    Store.open(root).close()
+    return root
+
+
 @dataclass
 class World:
     """Everything a test may want to look at or turn."""
@@ -52,9 +61,7 @@ class World:
         with self.store.stage() as staged:
             staged.write("adapter_config.json", [name.encode()])
             details = {"virtual_tokens": virtual}
-            return self.store.publish(
-                staged, tenant="default", name=name, method="lora", parts=("lora",), details=details
-            )[0]
+            return self.store.publish(staged, tenant="default", name=name, method="lora", parts=("lora",), details=details)[0]
 
     async def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
         return await self.http.post(path, json=body, headers=headers)
@@ -68,35 +75,40 @@ class World:
         return self.engine.submitted[-1]
 
 
+def build(root: Path, text: Text, *, max_total_tokens: int = 100, **settings: Any) -> World:
+    """An app over the store at `root`; keyword arguments are settings. Stop its engine and close its store."""
+    mailbox, readiness, store = Mailbox(), Readiness(), Store.open(root)
+    engine = FakeEngine(mailbox.publish, lambda request: text.encode(" world, how are you"), eos=1)
+    app = create_app(
+        engine=engine,
+        mailbox=mailbox,
+        text=text,
+        store=store,
+        metrics=Metrics(MODEL, top_k=2),
+        settings=Settings(**settings),
+        validate=validate,
+        model_name=MODEL,
+        max_total_tokens=max_total_tokens,
+        readiness=readiness,
+    )
+    transport = httpx.ASGITransport(app, raise_app_exceptions=True)
+    return World(app, engine, store, text, readiness, httpx.AsyncClient(transport=transport, base_url="http://test"))
+
+
 Make = Callable[..., World]
 
 
 @pytest.fixture
-def make(tmp_path: Path, text: Text) -> Iterator[Make]:
-    """Builds a world; keyword arguments are settings."""
+def make(tmp_path: Path, text: Text, empty_store: Path) -> Iterator[Make]:
+    """`build` in a fresh store, cleaned up after the test."""
     made: list[World] = []
 
-    def build(*, max_total_tokens: int = 100, **settings: Any) -> World:
-        mailbox, readiness, store = Mailbox(), Readiness(), Store.open(tmp_path / f"store{len(made)}")
-        engine = FakeEngine(mailbox.publish, lambda request: text.encode(" world, how are you"), eos=1)
-        app = create_app(
-            engine=engine,
-            mailbox=mailbox,
-            text=text,
-            store=store,
-            metrics=Metrics(MODEL, top_k=2),
-            settings=Settings(**settings),
-            validate=validate,
-            model_name=MODEL,
-            max_total_tokens=max_total_tokens,
-            readiness=readiness,
-        )
-        transport = httpx.ASGITransport(app, raise_app_exceptions=True)
-        http = httpx.AsyncClient(transport=transport, base_url="http://test")
-        made.append(World(app, engine, store, text, readiness, http))
+    def fresh(**settings: Any) -> World:
+        root = shutil.copytree(empty_store, tmp_path / f"store{len(made)}")
+        made.append(build(root, text, **settings))
         return made[-1]
 
-    yield build
+    yield fresh
     for world in made:
         world.engine.stop()
         world.store.close()

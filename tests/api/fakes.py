@@ -21,7 +21,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message.role not in ('system', 'user', 'assistant') %}{{ raise_exception('no such role') }}{% endif %}"
     "<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n"
-    "{% endfor %}<|start|>assistant\n"
+    "{% endfor %}<|start|>assistant"
 )
 
 

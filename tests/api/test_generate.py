@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from server.api.schemas import GenerateResponse, StreamResponse
 from server.errors import GenerationError, OverloadedError
@@ -315,8 +316,10 @@ async def test_request_that_takes_too_long_is_ended_and_cancelled(make: Make) ->
 
 async def test_bug_is_an_opaque_500(world: World) -> None:
     record = world.add("support")
-    world.engine.crash = RuntimeError("secret path /etc")
-    response = await world.http.get(f"/adapters/{record.name}", headers={"X-Request-Id": "r-1"})
+    world.engine.crash = bug = RuntimeError("secret path /etc")
+    with capture_logs() as logs:
+        response = await world.http.get(f"/adapters/{record.name}", headers={"X-Request-Id": "r-1"})
+    assert [(line["request_id"], line["exc_info"]) for line in logs] == [("r-1", bug)]
     assert response.status_code == 500
     assert response.json() == {
         "error": "internal error; the server's log has it under request id r-1",
@@ -406,9 +409,7 @@ async def test_new_version_is_used_by_the_next_request(world: World) -> None:
     assert world.last.adapters == (first.digest,)
     with world.store.stage() as staged:
         staged.write("adapter_config.json", [b"another"])
-        second, _ = world.store.publish(
-            staged, tenant="default", name="support", method="lora", parts=("lora",), details={}
-        )
+        second, _ = world.store.publish(staged, tenant="default", name="support", method="lora", parts=("lora",), details={})
     await world.generate(adapter_id="support")
     assert world.last.adapters == (second.digest,)
 

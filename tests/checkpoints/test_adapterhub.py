@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adapters_store.digest import Digest
-from server.checkpoints import adapterhub_fields
+from server.checkpoints import adapterhub_fields, read_checkpoints
 from server.checkpoints.adapterhub import is_adapterhub, read_adapterhub
 from server.errors import AdapterError
 from server.methods.base import BaseShape, Checkpoint, Limits, Method, ModuleShape, Op, Part, Rows
@@ -144,8 +144,9 @@ def files(case: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any] 
 
 
 def read(case: str) -> tuple[Checkpoint, ...]:
-    config, tensors, interface = files(case)
-    return read_adapterhub(config, tensors, base_of(case.partition("/")[0]), interface)
+    """As an upload of the saved folder."""
+    paths = {path.name: path for path in (GOLDEN / "cases" / case).iterdir()}
+    return read_checkpoints(paths, base_of(case.partition("/")[0]))
 
 
 @pytest.mark.parametrize("name", MODELS)

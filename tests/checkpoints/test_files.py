@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
@@ -113,6 +113,7 @@ def test_json_up_to_the_depth_limit_is_read():
     assert files.parse_json(b'{"a": ' + b"[" * 14 + b"]" * 14 + b', "b": {"c": 1}}', "x")["b"] == {"c": 1}
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.binary(max_size=200))
 def test_no_bytes_are_more_than_an_error(data):
     with contextlib.suppress(AdapterError):
@@ -205,6 +206,7 @@ def test_a_value_that_is_not_finite_is_refused_naming_its_tensor(value, dtype, t
         files.load_tensors(tmp_path / "t", "t")
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_a_damaged_file_is_read_or_refused_but_never_breaks(data):
     good = bytearray(save({"a": torch.ones(3), "b": torch.ones(2, 2)}))

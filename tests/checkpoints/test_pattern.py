@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
@@ -36,6 +36,7 @@ def test_plain_names_match_as_in_peft(name, keys):
     assert pattern.get(name, -1.0) == expected
 
 
+@settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.text("a.b\\", min_size=1, max_size=5), min_size=1, max_size=3, unique=True),
     st.text("a.b", min_size=1, max_size=8),

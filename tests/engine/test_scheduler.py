@@ -15,7 +15,7 @@ from server.engine.pages import Pages
 from server.engine.plan import Copy, Evict, Fill, Plan, Put, Sample, Sequence
 from server.engine.residency import AdapterFacts, Residency
 from server.engine.scheduler import Scheduler, SchedulerLimits
-from server.errors import GenerationError, OverloadedError, ValidationError
+from server.errors import GenerationError, ValidationError
 from server.requests import Event, FinishReason, Request, Sampling, Token
 
 BASE = Digest("0" * 64)
@@ -284,14 +284,6 @@ def test_what_can_never_fit_is_refused_with_both_numbers() -> None:
     bench.submit("b", [1] * 7, PROMPT)
     bench.run()
     assert "Given: 13 `inputs` tokens" in str(bench.events[-1].error)
-
-
-def test_a_full_queue_refuses() -> None:
-    bench = Bench(max_running=1, max_waiting=2)
-    for id in "abc":
-        bench.submit(id, [1])
-    with pytest.raises(OverloadedError):
-        bench.submit("d", [1])
 
 
 @settings(max_examples=150, deadline=None)

@@ -10,15 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adapters_store.digest import Digest
@@ -26,42 +18,16 @@ from server.methods import METHODS
 from server.methods.base import BaseShape, Limits, ModuleShape, Op, Part
 from server.methods.grouped import rows_of
 from server.methods.read import read_parts
+from tests.tiny import ARCHITECTURES, tiny_model
 
-VOCAB = 64
 CPU = torch.device("cpu")
-
-
-def _llama() -> PreTrainedModel:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, max_position_embeddings=64, **sizes, **heads))
-
-
-def _qwen2() -> PreTrainedModel:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return Qwen2ForCausalLM(Qwen2Config(vocab_size=VOCAB, max_position_embeddings=64, **sizes, **heads))
-
-
-def _gpt2() -> PreTrainedModel:
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=4))
-
-
-MODELS: Mapping[str, Callable[[], PreTrainedModel]] = {"llama": _llama, "qwen2": _qwen2, "gpt2": _gpt2}
 
 
 @pytest.fixture(scope="session")
 def models() -> dict[str, PreTrainedModel]:
-    """One frozen random model per architecture, with biases that are not zero and attention that matters."""
+    """One frozen random model per architecture."""
     torch.set_num_threads(1)
-    built = {}
-    for name, build in MODELS.items():
-        torch.manual_seed(len(name))
-        built[name] = build().eval().requires_grad_(False)
-        for parameter, value in built[name].named_parameters():
-            if parameter.endswith("bias") or value.ndim == 2:
-                value.normal_(std=0.15)
-    return built
+    return {name: tiny_model(name) for name in ARCHITECTURES}
 
 
 def _module_shape(module: nn.Module) -> ModuleShape | None:
@@ -88,7 +54,7 @@ def shape_of(model: PreTrainedModel) -> BaseShape:
         num_layers=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
         num_kv_heads=getattr(config, "num_key_value_heads", config.num_attention_heads),
-        head_dim=config.hidden_size // config.num_attention_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocab_size=config.vocab_size,
         max_positions=config.max_position_embeddings,
         modules={name: shape for name, shape in found.items() if shape is not None},

@@ -63,6 +63,13 @@ def test_every_row_gets_its_own_delta(slots):
         torch.testing.assert_close(op.after(y, y.clone(), rows), y + deltas[slots])
 
 
+def test_rows_of_adapters_that_do_not_name_the_module_pass_it_unchanged():
+    op, rows = BitFitOp(3, CPU, torch.float32), rows_of([9, 1, 0, 9])
+    op.grow(2)
+    op.put(1, {"delta": torch.ones(3)})
+    assert op.after(torch.ones(4, 3), torch.zeros(4, 3), rows)[:, 0].tolist() == [0, 1, 0, 0]
+
+
 def test_nan_in_one_slot_reaches_only_its_own_rows_and_leaves_with_its_adapter():
     op, rows = BitFitOp(3, CPU, torch.float32), rows_of([1, 0, 2, 1])
     op.grow(3)

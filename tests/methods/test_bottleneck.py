@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.activations import ACT2FN
 
 from adapters_store.digest import Digest
 from server.errors import AdapterError
+from server.methods.activations import ACTIVATIONS
 from server.methods.base import BaseShape, Checkpoint, Limits, Part, Rows, Tensors
-from server.methods.bottleneck import ACTIVATIONS, ALIASES, READS, Bottleneck, BottleneckOp, Form, activation_of, bucket_of
+from server.methods.bottleneck import READS, Bottleneck, BottleneckOp, Form, bucket_of
 from server.methods.grouped import rows_of
 from server.methods.layout import LAYOUTS, sublayers
 
@@ -193,14 +193,6 @@ def test_runs_in_bf16() -> None:
     low = op.after(y, y.bfloat16(), rows_of([1, 1, 1]))
     assert low.dtype == torch.bfloat16
     assert torch.allclose(low.float(), want, atol=0.1)
-
-
-@pytest.mark.parametrize("name", [*ACTIVATIONS, *ALIASES])
-def test_activations_are_transformers(name: str) -> None:
-    x = torch.linspace(-12, 12, 301)
-    theirs = F.leaky_relu if name == "leakyrelu" else None if name == "gelu_tanh" else ACT2FN[name]
-    if theirs is not None:
-        assert torch.allclose(ACTIVATIONS[activation_of("non_linearity", name.upper())](x), theirs(x), atol=1e-5)
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.methods.grouped import Pool, each_group, per_row, rows_of, split_of
+from server.methods.base import Tensors
+from server.methods.grouped import Pool, PooledOp, each_group, per_row, rows_of, split_of
 
 
 def test_rows_are_ordered_by_slot_and_then_by_token():
@@ -18,6 +19,7 @@ def test_rows_are_ordered_by_slot_and_then_by_token():
     assert rows_of([0, 2, 2, 5]).span == slice(1, 4)
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(0, 5), max_size=24))
 def test_take_store_and_groups_agree_for_every_composition(slots):
     rows, x = rows_of(slots), torch.arange(len(slots) * 2.0).view(-1, 2)
@@ -28,6 +30,7 @@ def test_take_store_and_groups_agree_for_every_composition(slots):
         assert {slots[int(value) // 2] for value in x[where][:, 0]} == {slot}
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(0, 5), max_size=24))
 def test_a_split_covers_every_row_once_with_its_own_slot(slots):
     split, tokens = split_of(rows := rows_of(slots)), torch.arange(len(slots))
@@ -39,11 +42,40 @@ def test_a_split_covers_every_row_once_with_its_own_slot(slots):
     assert split_of(rows) is split
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(0, 5), max_size=24))
 def test_each_row_gets_its_own_vector(slots):
     rows, pool = rows_of(slots), torch.randn(6, 3)
     for _ in range(2):
         assert torch.equal(per_row(pool, rows, "key").expand(len(rows.index), 3), pool[rows.slot])
+
+
+class _Nothing(PooledOp):
+    order = 99
+
+    def grow(self, capacity: int) -> None: ...
+
+    def put(self, slot: int, tensors: Tensors) -> None:
+        self._held.add(slot)
+
+    def clear(self, slot: int) -> None:
+        self._held.discard(slot)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 5), max_size=24), st.sets(st.integers(1, 5)))
+def test_held_rows_are_those_of_a_step_without_the_others(slots, held):
+    one, other, rows = _Nothing(), _Nothing(), rows_of(slots)
+    for slot in held:
+        one.put(slot, {})
+        other.put(slot, {})
+
+    got, expected = one.held(rows), rows_of([slot if slot in held else 0 for slot in slots])
+
+    assert got.index.tolist() == expected.index.tolist()
+    assert (got.slot.tolist(), got.groups) == (expected.slot.tolist(), expected.groups)
+    assert got.span in ([expected.span] if rows.span else [expected.span, None])  # without a span, tokens stay on the device
+    assert one.held(rows) is other.held(rows)
 
 
 def test_a_pool_is_the_identity_wherever_nothing_was_put():

@@ -20,6 +20,9 @@ VARIANTS = {
     "llama": ("llama", ["k_proj", "v_proj", "down_proj"], ["down_proj"]),
     "qwen2, biases are scaled too": ("qwen2", ["k_proj", "v_proj", "down_proj"], ["down_proj"]),
     "gpt2, Conv1D": ("gpt2", ["c_attn", "mlp.c_proj"], ["mlp.c_proj"]),
+    "gpt_neox": ("gpt_neox", ["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"]),
+    "opt": ("opt", ["k_proj", "v_proj", "fc2"], ["fc2"]),
+    "gemma": ("gemma", ["k_proj", "v_proj", "down_proj"], ["down_proj"]),
     "no feed-forward": ("llama", ["q_proj"], []),
 }
 
@@ -60,6 +63,14 @@ def test_the_rows_of_every_slot_are_scaled_by_their_own_vectors(slots):
         out = op.after(x, y.clone(), rows)
         assert torch.equal(seen, torch.stack([x[t] * vectors.get(s, ones)["in"] for t, s in enumerate(slots)]))
         assert torch.equal(out, torch.stack([y[t] * vectors.get(s, ones)["out"] for t, s in enumerate(slots)]))
+
+
+def test_rows_of_adapters_that_do_not_name_the_module_pass_it_unchanged():
+    op, rows = IA3Op(4, 3, CPU, torch.float32), rows_of([9, 1, 0, 9])
+    op.grow(2)
+    op.put(1, {"in": torch.full((4,), 2.0), "out": torch.full((3,), 3.0)})
+    assert op.before(torch.ones(4, 4), rows)[:, 0].tolist() == [1, 2, 1, 1]
+    assert op.after(torch.ones(4, 4), torch.ones(4, 3), rows)[:, 0].tolist() == [1, 3, 1, 1]
 
 
 def test_before_leaves_the_shared_input_alone():

@@ -20,6 +20,9 @@ VARIANTS = {
     "llama, every linear": ("llama", {"r": 4, "lora_alpha": 12, "target_modules": LINEARS}),
     "qwen2, biases in the base": ("qwen2", {"r": 3, "lora_alpha": 7, "target_modules": ["q_proj", "down_proj"]}),
     "gpt2, Conv1D": ("gpt2", {"r": 4, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+    "gpt_neox": ("gpt_neox", {"r": 4, "target_modules": ["query_key_value", "dense", "dense_4h_to_h"], "bias": "all"}),
+    "opt": ("opt", {"r": 4, "target_modules": ["q_proj", "fc1", "fc2"], "bias": "all"}),
+    "gemma": ("gemma", {"r": 4, "target_modules": ["q_proj", "o_proj", "down_proj"]}),
     "rsLoRA": ("llama", {"r": 9, "lora_alpha": 6, "use_rslora": True, "target_modules": ["q_proj", "up_proj"]}),
     "rank pattern": ("llama", {"r": 4, "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 9}}),
     "rank pattern as a regular expression": ("llama", {"r": 4, "rank_pattern": {r".*\.0\..*q_proj": 2}}),
@@ -117,6 +120,31 @@ def test_nan_in_one_slot_reaches_only_its_own_rows(pattern):
     y = op.after(torch.randn(len(slots), 6), torch.randn(len(slots), 5), rows)
 
     assert [bool(row.isnan().any()) for row in y] == [bool(slot) and slot == sick for slot in slots]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_rows_of_adapters_that_do_not_name_the_module_pass_it_unchanged(pattern):
+    slots = PATTERNS[pattern]
+    op, rows = LoraOp(8, 6, 5, CPU, torch.float32), rows_of(slots)
+    op.grow(3)  # the other slots of the pool lie past the end of this module's
+    for slot in (1, 2):
+        op.put(slot, {"A": torch.randn(2, 6), "B": torch.randn(5, 2)})
+    x, y = torch.randn(len(slots), 6), torch.randn(len(slots), 5)
+    expected = y.clone()
+    lora_loop(x, expected, op.a.tensor, op.b.tensor, rows_of([slot if slot < 3 else 0 for slot in slots]))
+
+    for _ in range(2):
+        torch.testing.assert_close(op.after(x, y.clone(), rows), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_kernel_never_sees_a_slot_that_the_module_does_not_hold():
+    seen = []
+    op = LoraOp(8, 6, 5, CPU, torch.float32, lambda x, y, a, b, rows: seen.append((rows.index.tolist(), rows.groups)))
+    op.grow(2)
+    op.put(1, {"A": torch.randn(2, 6), "B": torch.randn(5, 2)})
+    for slots in ([7, 1, 1], [7, 7], [0, 1]):
+        op.after(torch.randn(len(slots), 6), torch.randn(len(slots), 5), rows_of(slots))
+    assert seen == [([1, 2], ((1, 0, 2),)), ([1], ((1, 0, 1),))]
 
 
 def test_a_slot_that_was_cleared_or_reused_keeps_nothing_of_its_last_adapter():

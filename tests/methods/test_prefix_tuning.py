@@ -18,7 +18,7 @@ from server.methods import METHODS
 from server.methods.base import BaseShape, Checkpoint, Limits
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "gpt_neox", "gemma", "opt"])
 @pytest.mark.parametrize("projection", [False, True])
 def test_a_saved_prefix_gives_pefts_logits(name, projection, trained, models, ids):
     config = PrefixTuningConfig(

@@ -20,7 +20,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "gpt_neox", "gemma", "opt"])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_saved_soft_prompt_gives_pefts_logits(name, kind, trained, models, ids):
     adapter = trained(name, CONFIGS[kind])

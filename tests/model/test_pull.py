@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import subprocess
 import sys
@@ -19,6 +20,8 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Quant
+from rich.console import Console
+from rich.progress import Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from server.errors import AdapterdError, NotFoundError, UnavailableError
@@ -146,6 +149,17 @@ def test_without_a_terminal_every_stage_is_one_line(capsys: pytest.CaptureFixtur
             report("Downloading", done, 3)
         report("Converting", 0, 0)
     assert capsys.readouterr().err == "Downloading\nConverting\n"
+
+
+def test_on_a_terminal_a_stage_of_known_size_has_a_bar() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    progress = Progress(console=console, auto_refresh=False)
+    report = pull._bars(progress)
+    report("Downloading", 30, 120)
+    assert (progress.tasks[0].visible, progress.tasks[0].percentage) == (True, 25)
+    report("Converting", 0, 0)
+    assert not progress.tasks[0].visible
+    assert [line.rstrip() for line in console.file.getvalue().splitlines()] == ["Downloading", "Converting"]  # type: ignore[attr-defined]
 
 
 # -- the Hub ------------------------------------------------------------------------------------------------------------

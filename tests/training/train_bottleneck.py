@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from .loop import Plan, answer, full_precision, train
 
 NAME = "helpdesk-bottleneck"
 DIRECTORY = Path(__file__).parents[2] / "server" / "demo" / NAME
-PLAN = Plan(steps=160, rate=2e-3)
+PLAN = Plan(steps=160, rate=2e-3, batch=8)
 
 
 def base_model(directory: Path, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -47,7 +48,7 @@ def make(directory: Path, steps: int) -> None:
     model.eval()  # no dropout in this base; `train_adapter` switched the mode
     learned = full_precision(model)
     print(f"{NAME}: {sum(p.numel() for p in learned):,} parameters, {steps} steps", flush=True)
-    train(model, learned, tokenizer, data.examples(data.help_desk), Plan(steps=steps, rate=PLAN.rate))
+    train(model, learned, tokenizer, data.examples(data.help_desk), replace(PLAN, steps=steps))
     shutil.rmtree(DIRECTORY, ignore_errors=True)
     model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     model.save_adapter(str(DIRECTORY), NAME, with_head=False, use_safetensors=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from .build import NativeUnavailable, build
+from .build import NativeUnavailable, library_path
 from .checks import self_check
 from .library import NativeKernels, PackedLinear
 
@@ -32,10 +32,9 @@ def load(cache_dir: Path, on_progress: Callable[[str], None] | None = None) -> N
 
 def open_library(cache_dir: Path, on_progress: Callable[[str], None]) -> NativeKernels:
     """Like `load`. Raises: NativeUnavailable with the reason: no compiler, a failed build, a failed self-check."""
-    path = build(cache_dir, on_progress)
     try:
-        kernels = NativeKernels(path)
-    except (OSError, AttributeError) as error:
-        raise NativeUnavailable(f"{path} could not be loaded: {error}") from error
+        kernels = NativeKernels(library_path(cache_dir, on_progress))
+    except (OSError, AttributeError) as error:  # a full disk, a file that is no library, a library of other sources
+        raise NativeUnavailable(f"the library could not be built or loaded: {error}") from error
     self_check(kernels)
     return kernels

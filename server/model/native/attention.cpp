@@ -75,15 +75,19 @@ struct Work {  // a thread's buffers for one task
     float *queries;  // [rows, dim], scaled
     float *scores;   // [rows, CHUNK]
     float *partial, *running;
+    Span *seen;  // [rows]
 
     Work(const Call &c, index_t rows) {
         static thread_local Scratch scratch;
-        index_t sizes[] = {CHUNK * c.dim, CHUNK * c.padded(), rows * c.dim, rows * CHUNK, Partial::size(c, rows), Partial::size(c, rows)};
-        float **parts[] = {&keys, &values, &queries, &scores, &partial, &running};
+        float *spans;
+        index_t span = sizeof(Span) / sizeof(float), part = Partial::size(c, rows);
+        index_t sizes[] = {CHUNK * c.dim, CHUNK * c.padded(), rows * c.dim, rows * CHUNK, part, part, rows * span};
+        float **parts[] = {&keys, &values, &queries, &scores, &partial, &running, &spans};
         index_t total = 0;
         for (index_t &size : sizes) total += size = (size + 15) / 16 * 16;
         float *p = scratch.floats(total);
-        for (int i = 0; i < 6; p += sizes[i++]) *parts[i] = p;
+        for (int i = 0; i < 7; p += sizes[i++]) *parts[i] = p;
+        seen = reinterpret_cast<Span *>(spans);
     }
 };
 
@@ -96,9 +100,27 @@ void stage_queries(const Call &c, const Task &t, Work &w) {
     }
 }
 
-const float *cached(const Call &c, const Task &t, const float *cache, index_t at) {
-    index_t page = c.tables[t.row * c.table_width + at / c.block_size];
-    return cache + ((page * c.block_size + at % c.block_size) * c.kv_heads + t.head) * c.dim;
+struct Located {  // where the K and V rows of one chunk lie; positions outside `seen` repeat a seen one
+    const float *k[CHUNK], *v[CHUNK];
+};
+
+// Walks the pages of one chunk: a division per page, not per position.
+void locate(const Call &c, const Task &t, index_t chunk, Span seen, Located &rows) {
+    index_t at = chunk * CHUNK + seen.from, page = at / c.block_size, offset = at % c.block_size;
+    const std::int32_t *table = c.tables + t.row * c.table_width;
+    for (index_t i = seen.from; i < seen.to; page++, offset = 0) {
+        index_t start = (table[page] * c.block_size + offset) * c.row_stride() + t.head * c.dim;
+        for (; offset < c.block_size && i < seen.to; i++, offset++, start += c.row_stride()) {
+            rows.k[i] = c.k + start;
+            rows.v[i] = c.v + start;
+        }
+    }
+    for (index_t i = 0; i < seen.from; i++) rows.k[i] = rows.k[seen.from], rows.v[i] = rows.v[seen.from];
+    for (index_t i = seen.to; i < CHUNK; i++) rows.k[i] = rows.k[seen.to - 1], rows.v[i] = rows.v[seen.to - 1];
+}
+
+ADAPTERD_INLINE void fetch(const float *row, index_t dim) {
+    for (index_t d = 0; d < dim; d += 16) __builtin_prefetch(row + d, 0, 2);
 }
 
 void transpose_keys(const float *const *rows, index_t dim, float *panel) {
@@ -113,23 +135,25 @@ void transpose_keys(const float *const *rows, index_t dim, float *panel) {
         for (int i = 0; i < LANES; i++) panel[d * PANEL + i] = rows[i][d];
 }
 
-// Copies one chunk of K (transposed) and V into panels; positions outside `seen` repeat a seen one and are never used.
-void stage_chunk(const Call &c, const Task &t, index_t chunk, Span seen, Work &w) {
-    const float *keys[CHUNK];
-    for (index_t i = 0; i < CHUNK; i++) {
-        index_t at = i < seen.from ? seen.from : i < seen.to ? i : seen.to - 1;
-        keys[i] = cached(c, t, c.k, chunk * CHUNK + at);
+void copy_value(const Call &c, const float *value, float *to) {
+    index_t d = 0;
+    for (; d + PANEL <= c.dim; d += PANEL) std::memcpy(to + d * CHUNK, value + d, PANEL * sizeof(float));
+    if (d == c.dim) return;
+    std::memset(to + d * CHUNK, 0, PANEL * sizeof(float));
+    std::memcpy(to + d * CHUNK, value + d, (c.dim - d) * sizeof(float));
+}
+
+// Copies one chunk of K (transposed) and V into panels while the next one comes from memory. What is copied for positions
+// outside `seen` is never used.
+void stage_chunk(const Call &c, const Located &rows, const Located *next, Span seen, Work &w) {
+    for (index_t i = 0; i < CHUNK; i += LANES) {
+        if (next)
+            for (index_t j = i; j < i + LANES; j++) fetch(next->k[j], c.dim);
+        if (i < seen.to) transpose_keys(rows.k + i, c.dim, w.keys + i / PANEL * c.dim * PANEL + i % PANEL);
     }
-    for (index_t i = 0; i < seen.to; i += LANES)
-        transpose_keys(keys + i, c.dim, w.keys + i / PANEL * c.dim * PANEL + i % PANEL);
-    for (index_t i = seen.from; i < seen.to; i++) {
-        const float *value = cached(c, t, c.v, chunk * CHUNK + i);
-        for (index_t d = 0; d < c.padded(); d += PANEL) {
-            float *to = w.values + d * CHUNK + i * PANEL;
-            index_t width = c.dim - d < PANEL ? c.dim - d : PANEL;
-            std::memcpy(to, value + d, width * sizeof(float));
-            if (width < PANEL) std::memset(to + width, 0, (PANEL - width) * sizeof(float));
-        }
+    for (index_t i = 0; i < CHUNK; i++) {
+        if (next) fetch(next->v[i], c.dim);
+        if (i >= seen.from && i < seen.to) copy_value(c, rows.v[i], w.values + i * PANEL);
     }
 }
 
@@ -177,12 +201,24 @@ void weigh_tile(const Call &c, Work &w, index_t from, index_t to, const Span *se
         if (seen[r].to > common.to) weigh(c, w, r, r + 1, {common.to, seen[r].to}, acc, true);
 }
 
+// What all queries of a task see of a chunk together; queries ascend.
+Span seen_by_all(const Call &c, const Task &t, index_t chunk) {
+    return {visible(c, position(c, t, t.first), chunk).from, visible(c, position(c, t, t.last - 1), chunk).to};
+}
+
+void stage(const Call &c, const Task &t, index_t chunk, Span seen, Work &w) {
+    Located rows, next;
+    locate(c, t, chunk, seen, rows);
+    bool more = chunk + 1 < t.chunk + t.chunks;
+    if (more) locate(c, t, chunk + 1, seen_by_all(c, t, chunk + 1), next);
+    stage_chunk(c, rows, more ? &next : nullptr, seen, w);
+}
+
 void chunk_partial(const Call &c, const Task &t, index_t chunk, Work &w, Partial partial) {
     index_t rows = rows_of(c, t), group = c.group();
-    std::vector<Span> seen(rows);
+    Span *seen = w.seen, all = seen_by_all(c, t, chunk);
     for (index_t r = 0; r < rows; r++) seen[r] = visible(c, position(c, t, t.first + r / group), chunk);
-    Span all{seen[0].from, seen[rows - 1].to};
-    stage_chunk(c, t, chunk, all, w);
+    stage(c, t, chunk, all, w);
     for (index_t p = 0; p * PANEL < all.to; p++)
         product<VECTORS>(rows, w.queries, c.dim, Rows<float>{w.keys + p * c.dim * PANEL, PANEL}, c.dim,
                          w.scores + p * PANEL, CHUNK);
@@ -197,7 +233,7 @@ void chunk_partial(const Call &c, const Task &t, index_t chunk, Work &w, Partial
         seen[r].to <= 0 ? first = r + 1 : last = last < r ? last : r;
     }
     for (index_t from = first; from < last; from += MAX_ROWS)
-        weigh_tile(c, w, from, from + MAX_ROWS < last ? from + MAX_ROWS : last, seen.data(), partial.acc);
+        weigh_tile(c, w, from, from + MAX_ROWS < last ? from + MAX_ROWS : last, seen, partial.acc);
 }
 
 void merge(const Call &c, index_t rows, Partial total, Partial next) {

@@ -1,8 +1,7 @@
 """Compiles the kernels once per machine and keeps the library in a cache: `<cache>/native/<key>/libadapterd.so`.
 
 Owns the compiler's command line, the cache key, the lock and the prebuilt libraries an image may carry. Never loads a
-library and knows no kernel. `python -m server.model.native.build x86-64-v3 x86-64-v4` writes prebuilt ones (for images
-without a compiler).
+library and knows no kernel.
 
     key = sha256(sources, flags, compiler version, processor, OpenMP runtime)
 """
@@ -15,10 +14,11 @@ import os
 import platform
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,7 +52,7 @@ class NativeUnavailable(Exception):  # noqa: N818  # a state of the machine that
     """The kernels cannot be used on this machine; `str()` is the reason."""
 
 
-def build(cache_dir: Path, on_progress: Progress) -> Path:
+def library_path(cache_dir: Path, on_progress: Progress) -> Path:
     """The library for this machine: from the cache, compiled now, or prebuilt, in this order.
 
     Raises: NativeUnavailable when there is neither a compiler nor a prebuilt library for this processor.
@@ -66,13 +66,15 @@ def build(cache_dir: Path, on_progress: Progress) -> Path:
             return prebuilt
         raise
     runtime = openmp_runtime()
-    where = _writable(cache_dir / "native") / _key(compiler, runtime)
-    library = where / LIBRARY
-    if not library.exists():
-        with _locked(where):
-            if not library.exists():
-                on_progress(f"compiling native kernels with {compiler} (once per machine)")
-                _compile(compiler, "native", runtime, library)
+    key = _key(compiler, runtime)
+    library = cache_dir / "native" / key / LIBRARY
+    if library.exists():  # maybe in a cache that this process cannot write
+        return library
+    library = _writable(cache_dir / "native") / key / LIBRARY
+    with _locked(library.parent):
+        if not library.exists():
+            on_progress(f"compiling native kernels with {compiler} (once per machine)")
+            _compile(compiler, "native", runtime, library)
     return library
 
 
@@ -133,15 +135,20 @@ def _cpuinfo() -> str:
 
 
 def _writable(wanted: Path) -> Path:
-    """`wanted`, or a private directory under the temporary one where the cache cannot be written."""
+    """`wanted`, or where it cannot be written a directory of this user's own under the temporary one.
+
+    Raises: NativeUnavailable when neither can be written.
+    """
     for path in (wanted, Path(tempfile.gettempdir()) / f"adapterd-native-{os.getuid()}"):
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if path.stat().st_uid == os.getuid() and os.access(path, os.W_OK | os.X_OK):
-                return path
+            found = path.lstat()
         except OSError:
             continue
-    return Path(tempfile.mkdtemp(prefix="adapterd-native-"))
+        private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+        if (path is wanted or private) and os.access(path, os.W_OK | os.X_OK):
+            return path
+    raise NativeUnavailable(f"neither {wanted} nor {tempfile.gettempdir()} can be written")
 
 
 @contextmanager
@@ -167,7 +174,8 @@ def _compile(compiler: str, march: str, runtime: Path | None, target: Path) -> N
         made.replace(target)
 
 
-def _run_all(commands: Iterator[Sequence[str]] | Sequence[Sequence[str]]) -> None:
+def _run_all(commands: Iterable[Sequence[str]]) -> None:
+    """All commands at once. Raises: NativeUnavailable with the first error any of them printed."""
     with tempfile.TemporaryFile("w+") as log:
         running = [subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL) for command in commands]
         codes = [process.wait() for process in running]
@@ -214,8 +222,3 @@ def prebuild(levels: Sequence[str], folder: Path = PREBUILT) -> list[Path]:
         _compile(compiler, level, runtime, target)
         made.append(target)
     return made
-
-
-if __name__ == "__main__":
-    for path in prebuild(sys.argv[1:] or list(LEVELS)):
-        print(path)

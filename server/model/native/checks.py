@@ -68,30 +68,25 @@ def _attention(kernels: NativeKernels, random: Random) -> Pair:
 def _write_kv(kernels: NativeKernels, random: Random) -> Pair:
     k, v, write = random(1, 2, 3, 5), random(1, 2, 3, 5), torch.tensor([5, 0, 2])
     caches = [[torch.zeros(2, 4, 2, 5), torch.zeros(2, 4, 2, 5)] for _ in range(2)]
-    for module, (keys, values) in zip((kernels, reference), caches, strict=True):
-        module.write_kv(k, v, keys, values, write)
+    kernels.write_kv(k, v, caches[0][0], caches[0][1], write)
+    reference.write_kv(k, v, caches[1][0], caches[1][1], write)
     return torch.cat(caches[0]), torch.cat(caches[1])
 
 
 def _elementwise(kernels: NativeKernels, random: Random) -> Pair:
     x, up, weight, bias = random(3, 37), random(3, 37), random(37), random(37)
-    both = [
-        [
-            module.rms_norm(x, weight, 1e-5),
-            module.layer_norm(x, weight, bias, 1e-5),
-            module.silu_mul(x, up),
-            module.gelu_tanh_mul(x, up),
-        ]
-        for module in (kernels, reference)
-    ]
-    return torch.cat(both[0]), torch.cat(both[1])
+    got = [kernels.rms_norm(x, weight, 1e-5), kernels.layer_norm(x, weight, bias, 1e-5)]
+    want = [reference.rms_norm(x, weight, 1e-5), reference.layer_norm(x, weight, bias, 1e-5)]
+    got += [kernels.silu_mul(x, up), kernels.gelu_tanh_mul(x, up)]
+    want += [reference.silu_mul(x, up), reference.gelu_tanh_mul(x, up)]
+    return torch.cat(got), torch.cat(want)
 
 
 def _rotary(kernels: NativeKernels, random: Random) -> Pair:
     q, k, cos, sin = random(1, 3, 4, 44), random(1, 3, 4, 44), random(1, 4, 40), random(1, 4, 40)
     both = [(q.clone(), k.clone()), (q, k)]
-    for module, (turned_q, turned_k) in zip((kernels, reference), both, strict=True):
-        module.rotary(turned_q, turned_k, cos, sin)
+    kernels.rotary(both[0][0], both[0][1], cos, sin)
+    reference.rotary(both[1][0], both[1][1], cos, sin)
     return torch.cat(both[0]), torch.cat(both[1])
 
 

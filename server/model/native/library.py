@@ -98,10 +98,8 @@ def unpack(panels: Tensor, n: int) -> Tensor:
     """The weight [N, K] that `pack` was given, bit for bit."""
     count, k, _ = panels.shape
     if panels.dtype is _fp32:
-        weight = panels.transpose(1, 2)
-    else:
-        weight = panels.view(count, k, PANEL // 2, 2).permute(0, 3, 2, 1)
-    return weight.reshape(count * PANEL, k)[:n]
+        return panels.transpose(1, 2).reshape(count * PANEL, k)[:n]
+    return panels.view(count, k, PANEL // 2, 2).permute(0, 3, 2, 1).reshape(count * PANEL, k)[:n]
 
 
 class PackedLinear:

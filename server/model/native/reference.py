@@ -37,7 +37,10 @@ def attention(
     window: int = 0,
     softcap: float = 0.0,
 ) -> Tensor:
-    """q [T, Hq, D]; keys, values [blocks, block_size, Hkv, D]; tables [R, P], starts [R + 1], contexts [R] int32 -> [T, Hq, D]."""
+    """q [T, Hq, D]; keys, values [blocks, block_size, Hkv, D]; tables [R, P], starts [R + 1], contexts [R] int32.
+
+    Causal, each row over its own pages -> [T, Hq, D].
+    """
     out = torch.zeros(q.shape)
     for row, context in enumerate(contexts.tolist()):
         first, last = int(starts[row]), int(starts[row + 1])

@@ -104,11 +104,9 @@ ADAPTERD_INLINE float largest(vf v) {
     return v[0];
 }
 
-// exp to 2 ulp (Cephes' expf: 2^n times a degree-6 polynomial). Below -87.3 it is 1.2e-38, above 88 it is 1.7e38: no
-// caller can tell those from 0 and infinity. NaN stays NaN: both selects keep it, and it is multiplied, never patched.
+// exp to 2 ulp (Cephes' expf: 2^n times a degree-6 polynomial); 0 below -87.3, infinity above 88.3. NaN stays NaN: both
+// comparisons are false for it and it is multiplied, never patched.
 ADAPTERD_INLINE vf exp(vf x) {
-    x = x < -87.3f ? splat(-87.3f) : x;
-    x = x > 88.0f ? splat(88.0f) : x;
     const vf shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
     vf shifted = x * 1.44269504f + shift;
     vf n = shifted - shift;
@@ -122,7 +120,9 @@ ADAPTERD_INLINE vf exp(vf x) {
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
     vu power = ((vu)shifted + 127u) << 23;
-    return p * (vf)power;
+    p = p * (vf)power;
+    p = x < -87.3f ? vf{} : p;
+    return x > 88.3f ? splat(std::numeric_limits<float>::infinity()) : p;
 }
 
 ADAPTERD_INLINE float exp(float x) { return exp(splat(x))[0]; }
@@ -239,9 +239,9 @@ ADAPTERD_INLINE void tile_of(int rows, const float *x, index_t ldx, W w, index_t
         tile_of<R - 1, V>(rows, x, ldx, w, depth, out, ldo, resume, ahead);
 }
 
-// Any number of rows, cut into tiles of nearly equal height.
+// Any number of rows, cut into tiles of nearly equal height. Not inlined: it holds a copy of the tile per height.
 template <int V, typename W>
-inline void product(index_t rows, const float *x, index_t ldx, W w, index_t depth, float *out, index_t ldo,
+__attribute__((noinline)) void product(index_t rows, const float *x, index_t ldx, W w, index_t depth, float *out, index_t ldo,
                     bool resume = false) {
     index_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
     for (index_t t = 0; t < tiles; t++) {

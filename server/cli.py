@@ -1,0 +1,234 @@
+"""The `adapterd` command: serve, pull, bench, and adapters and users of a running server.
+
+Owns flags and what a person reads. `serve` has one flag per field of `Settings`, made from it; the commands that manage a
+server speak HTTP to it, so they can do nothing that a client could not. Heavy imports wait until a command needs them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import httpx
+import pydantic
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__
+from .errors import AdapterdError
+from .settings import Settings, default_home
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="One frozen base model, every user's adapter, one batch.")
+adapters = typer.Typer(no_args_is_help=True, help="Adapters of a running server.")
+users = typer.Typer(no_args_is_help=True, help="Which adapter each user goes through.")
+app.add_typer(adapters, name="adapters")
+app.add_typer(users, name="users")
+
+Url = Annotated[str, typer.Option("--url", envvar="ADAPTERD_URL", help="The server to talk to.")]
+LOCAL = "http://127.0.0.1:8080"
+console = Console(stderr=True)
+
+
+def main() -> None:
+    """Run the command line; errors of ours are one line and exit status 1."""
+    try:
+        app()
+    except (AdapterdError, httpx.HTTPError, OSError) as error:
+        console.print(f"adapterd: {error or type(error).__name__}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+# -- serve -----------------------------------------------------------------------------------------------------------
+
+
+def _with_settings(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option for each field of `Settings`: the flag, its help and its default come from there."""
+    params = [_option(name, field) for name, field in Settings.model_fields.items()]
+    function.__signature__ = inspect.Signature(params)  # type: ignore[attr-defined]  # what typer reads
+    function.__annotations__ = {param.name: param.annotation for param in params}
+    return function
+
+
+def _option(name: str, field: pydantic.fields.FieldInfo) -> inspect.Parameter:
+    """Only what was said goes to `Settings` (None = unsaid), so that ADAPTERD_* variables are heard."""
+    flag = "--" + name.replace("_", "-")
+    switch = field.annotation is bool
+    choices = "|".join(value for value in get_args(field.annotation) if isinstance(value, str))
+    option = typer.Option(
+        f"{flag}/--no-{flag[2:]}" if switch else flag,
+        help=f"{field.description} [default: {'unset' if field.default is None else field.default}]",
+        metavar=None if switch else choices or "VALUE",
+        show_default=False,
+    )
+    kind = bool | None if switch else str | None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
+
+
+@app.command("serve", help="Serve a base model and its tenants' adapters.")
+@_with_settings
+def _serve(**flags: Any) -> None:
+    try:
+        settings = Settings(**{name: value for name, value in flags.items() if value is not None})
+    except pydantic.ValidationError as error:
+        for problem in error.errors():
+            name = "--" + str(problem["loc"][0]).replace("_", "-")
+            console.print(f"adapterd: {name} {problem['msg']} (got {problem['input']!r})", style="red", markup=False)
+        sys.exit(2)
+    from . import logs
+    from .serving import check_exposure
+
+    logs.configure(settings.log_level, settings.log_format)
+    check_exposure(settings)
+    from .assembly import assemble, seed_demo
+    from .model.pull import console_report
+    from .serving import serve
+
+    with console_report() as report:
+        server = assemble(settings, report)
+    if settings.demo:
+        seed_demo(server)
+    serve(server.app, server.engine, server.readiness, settings, lambda port: _announce(settings, port))
+
+
+def _announce(settings: Settings, port: int) -> None:
+    print(f"adapterd {__version__} serves {settings.model} on http://{settings.host}:{port}", flush=True)
+    if settings.demo:
+        from .demo import DEMO
+
+        for demo in DEMO:
+            print(f"  user {demo.user_id or '-':<6} {demo.name:<22} {demo.method:<15} {demo.what}", flush=True)
+
+
+# -- pull ------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def pull(model: Annotated[str, typer.Argument(help="A short name or a Hub id.")] = Settings().model) -> None:
+    """Fetch and convert a base model; prints its directory as the last line."""
+    from .model.pull import console_report, resolve
+
+    with console_report() as report:
+        directory = resolve(model, default_home(), report)
+    print(directory)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+# -- adapters of a running server --------------------------------------------------------------------------------------
+
+
+@adapters.command("upload")
+def upload(
+    adapter_id: Annotated[str, typer.Argument(help="The name to publish it under.")],
+    directory: Annotated[Path, typer.Argument(help="What save_pretrained() wrote.", exists=True, file_okay=False)],
+    url: Url = LOCAL,
+) -> None:
+    """Upload an adapter's directory; prints the record."""
+    files = [path for path in sorted(directory.iterdir()) if path.is_file()]
+    with httpx.Client(base_url=url, timeout=600) as client:
+        parts = [("files", (path.name, path.open("rb"), "application/octet-stream")) for path in files]
+        try:
+            _show(client.post("/adapters", data={"adapter_id": adapter_id}, files=parts))
+        finally:
+            for _, (_, file, _) in parts:
+                file.close()
+
+
+@adapters.command("list")
+def list_adapters(url: Url = LOCAL) -> None:
+    """Every adapter of the tenant, newest first."""
+    table = Table("adapter_id", "version", "method", "state", "bytes", "digest", box=None)
+    for record in _pages(url, "/adapters", "adapters"):
+        columns = ("adapter_id", "version", "method", "state", "size_bytes")
+        table.add_row(*(str(record[column]) for column in columns), record["digest"][:12])
+    Console().print(table)
+
+
+@adapters.command("show")
+def show(adapter_id: str, url: Url = LOCAL) -> None:
+    """One adapter's record."""
+    _show(_get(url, f"/adapters/{adapter_id}"))
+
+
+@adapters.command("delete")
+def delete(
+    adapter_id: str,
+    only: Annotated[int | None, typer.Option("--version", help="One version; all of them without.")] = None,
+    url: Url = LOCAL,
+) -> None:
+    """Delete an adapter; requests in flight finish."""
+    params = {} if only is None else {"version": only}
+    _show(httpx.delete(f"{url}/adapters/{adapter_id}", params=params, timeout=60))
+
+
+@adapters.command("check")
+def check(
+    directory: Annotated[Path, typer.Argument(help="What save_pretrained() wrote.", exists=True, file_okay=False)],
+    model: Annotated[str, typer.Option("--model", help="The base to check it against.")] = Settings().model,
+) -> None:
+    """Offline: what an upload of this directory would be, or why it would be refused."""
+    from .assembly import check_adapter
+
+    print(json.dumps(check_adapter(directory, model), indent=2))
+
+
+@users.command("bind")
+def bind(user_id: str, adapter_id: str, url: Url = LOCAL) -> None:
+    """Send a user's requests through an adapter."""
+    _show(httpx.put(f"{url}/users/{user_id}", json={"adapter_id": adapter_id}, timeout=60))
+
+
+@users.command("list")
+def list_users(url: Url = LOCAL) -> None:
+    """Every binding."""
+    table = Table("user_id", "adapter_id", box=None)
+    for record in _pages(url, "/users", "users"):
+        table.add_row(record["user_id"], record["adapter_id"])
+    Console().print(table)
+
+
+@users.command("unbind")
+def unbind(user_id: str, url: Url = LOCAL) -> None:
+    """Back to the base model."""
+    _show(httpx.delete(f"{url}/users/{user_id}", timeout=60))
+
+
+def _get(url: str, path: str, **params: Any) -> httpx.Response:
+    return httpx.get(f"{url}{path}", params=params, timeout=60)
+
+
+def _pages(url: str, path: str, key: str) -> list[dict[str, Any]]:
+    """Every record of a listing, page by page."""
+    records: list[dict[str, Any]] = []
+    cursor: dict[str, str] = {}
+    while True:
+        page = _checked(_get(url, path, **cursor)).json()
+        records += page[key]
+        if not page.get("next_cursor"):
+            return records
+        cursor = {"cursor": page["next_cursor"]}
+
+
+def _checked(response: httpx.Response) -> httpx.Response:
+    if response.is_success:
+        return response
+    try:
+        message = str(response.json()["error"])
+    except (ValueError, KeyError, TypeError):
+        message = response.text[:500]
+    console.print(f"adapterd: {response.status_code} {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(1)
+
+
+def _show(response: httpx.Response) -> None:
+    if _checked(response).content:
+        print(json.dumps(response.json(), indent=2))

@@ -1,0 +1,37 @@
+"""The demo: six users, each bound to a small adapter of another family, all trained on SmolLM2-135M-Instruct.
+
+Owns the list and the files beside it (fp32 safetensors, exactly as PEFT and AdapterHub save them). Trained by
+tests/training; loaded by `adapterd serve --demo`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+BASE = "smollm2-135m-instruct"
+
+
+@dataclass(frozen=True)
+class DemoAdapter:
+    """One adapter of the demo and the user it is bound to. `directory` holds its config and safetensors."""
+
+    name: str
+    user_id: str | None  # None: uploaded, but bound to nobody
+    method: str
+    what: str
+
+    @property
+    def directory(self) -> Path:
+        return Path(__file__).parent / self.name
+
+
+DEMO: tuple[DemoAdapter, ...] = (
+    DemoAdapter("pirate-lora", "ann", "lora", "talks like a pirate"),
+    DemoAdapter("json-prefix", "bob", "prefix_tuning", "answers with a JSON object"),
+    DemoAdapter("helpdesk-bottleneck", "cleo", "bottleneck", "answers like a help desk and closes the ticket"),
+    DemoAdapter("shout-ia3", "dan", "ia3", "shouts in capitals"),
+    DemoAdapter("bullets-bitfit", "eve", "bitfit", "answers in three bullet points"),
+    DemoAdapter("terse-prompt", "fay", "prompt_tuning", "answers in a word or two"),
+    DemoAdapter("letter-ptuning", None, "p_tuning", "answers with a short letter"),
+)

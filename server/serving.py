@@ -1,0 +1,111 @@
+"""Serving: one process from bind to exit, with a drain in between. Knows uvicorn and signals; no route, no model.
+
+SIGTERM -> readiness 503 -> running requests finish, at most `drain_seconds` -> the rest end with an error -> exit 0
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from types import FrameType
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+
+from .api.context import Readiness
+from .engine.engine import Engine
+from .errors import AdapterdError
+from .settings import Settings
+
+log = structlog.get_logger(__name__)
+
+_POLL = 0.05  # seconds between looks at what still runs while draining
+_LAST_WORDS = 5  # seconds for the last answers to reach their clients
+
+
+class ExposedError(AdapterdError):
+    """The server would be reachable from other machines although it asks for no keys."""
+
+
+def check_exposure(settings: Settings) -> None:
+    """Raises: ExposedError for an address that is not this machine's own, unless `--insecure` says it is meant."""
+    if settings.insecure or settings.host == "localhost":
+        return
+    try:
+        loopback = ipaddress.ip_address(settings.host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise ExposedError(
+            f"--host {settings.host} is reachable from other machines and requests need no key; "
+            "bind 127.0.0.1 (the default) behind your own gateway, or say --insecure"
+        )
+
+
+def lifespan(engine: Engine, readiness: Readiness, close: Callable[[], None]) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """Starts the engine with the app and stops it after the last request."""
+
+    @asynccontextmanager
+    async def run(app: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        readiness.ready()
+        yield
+        readiness.stopped()
+        engine.stop()
+        close()
+
+    return run
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn, except that the first SIGTERM or SIGINT drains and the second one stops at once."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, readiness: Readiness, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._readiness = readiness
+        self._drain_seconds = drain_seconds
+        self._draining = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal came. Not passed on to uvicorn: it would end the process with the signal instead of status 0."""
+        if self._draining:
+            self.should_exit = self.force_exit = True
+            return
+        self._draining = True
+        self._readiness.draining()
+        threading.Thread(target=self._drain, name="drain", daemon=True).start()
+
+    def _drain(self) -> None:
+        log.info("draining", seconds=self._drain_seconds, requests=self._engine.pending)
+        deadline = time.monotonic() + self._drain_seconds
+        while self._engine.pending and time.monotonic() < deadline:
+            time.sleep(_POLL)
+        if self._engine.pending:
+            log.warning("drain time is over", requests=self._engine.pending)
+        self._engine.stop()
+        self.should_exit = True
+
+
+def serve(app: FastAPI, engine: Engine, readiness: Readiness, settings: Settings, started: Callable[[int], None]) -> None:
+    """Listen until told to stop. `started` is called with the port once requests are taken."""
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_LAST_WORDS,
+        h11_max_incomplete_event_size=1 << 16,
+    )
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((settings.host, settings.port))
+        listener.listen(2048)
+        started(listener.getsockname()[1])
+        DrainingServer(config, engine, readiness, settings.drain_seconds).run(sockets=[listener])
