@@ -65,7 +65,7 @@ def assemble(settings: Settings, report: Report = quiet) -> Server:
     device, dtype = choose_device(settings)
     torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
     directory = resolve(settings.model, default_home(), report)
-    kernels = choose_kernels(device, settings.native, default_home(), lambda line: report(line, 0, 0))
+    kernels = choose_kernels(device, dtype, settings.native, default_home(), lambda line: report(line, 0, 0))
     base = load_base(directory, device, dtype, kernels.prepare)
     cache = cache_shape(settings, base)
     limits = scheduler_limits(settings, base, cache)
@@ -74,7 +74,7 @@ def assemble(settings: Settings, report: Report = quiet) -> Server:
     metrics = Metrics(settings.model, settings.metrics_top_k)
     mailbox = Mailbox()
     engine = Engine(
-        Runner(base, cache, build_methods(kernels.lora), kernels.attention),
+        Runner(base, cache, build_methods(kernels.lora), kernels.attention, kernels.write),
         Scheduler(
             Pages(cache.blocks, cache.block_size), Residency(settings.adapter_slots), limits, base.shape.digest, base.eos
         ),

@@ -47,7 +47,9 @@ def check_exposure(settings: Settings) -> None:
         )
 
 
-def lifespan(engine: Engine, readiness: Readiness, close: Callable[[], None]) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def lifespan(
+    engine: Engine, readiness: Readiness, close: Callable[[], None]
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     """Starts the engine with the app and stops it after the last request."""
 
     @asynccontextmanager

@@ -18,13 +18,15 @@ from server.engine.plan import Sequence as Seq
 from server.engine.residency import Residency
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.errors import NotFoundError
-from server.methods import METHODS
+from server.methods import build_methods
 from server.methods.base import Adapter
+from server.model.kernels import Kernels
 from server.model.loader import Base, make_base
 from server.model.runner import CacheShape, Runner
 from server.requests import Event, FinishReason, Request, Sampling
 
 BASE = Digest("0" * 64)
+TORCH = Kernels("torch")
 
 
 class RecordingRunner(Runner):
@@ -87,12 +89,14 @@ class Lab:
         max_batch_tokens: int = 24,
         max_running: int = 64,
         max_total_tokens: int = 200,
+        kernels: Kernels = TORCH,
     ) -> None:
         self.adapters = dict(adapters)
         self.observer = Observer()
         self.events: list[Event] = []
-        base: Base = make_base(model, BASE, torch.device("cpu"), torch.float32)
-        self.runner = RecordingRunner(base, CacheShape(blocks, block_size), METHODS)
+        base: Base = make_base(model, BASE, torch.device("cpu"), torch.float32, kernels.prepare)
+        methods = build_methods(kernels.lora)
+        self.runner = RecordingRunner(base, CacheShape(blocks, block_size), methods, kernels.attention, kernels.write)
         self.runner.logits = {}
         limits = SchedulerLimits(max_batch_tokens, max_running, 1000, min(max_total_tokens, (blocks - 2) * block_size))
         self.scheduler = Scheduler(Pages(blocks, block_size), Residency(slots), limits, BASE, [2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from anyio import CancelScope, to_thread
@@ -188,13 +189,12 @@ def _publish(services: Services, staged: Staged, tenant: str, name: str) -> tupl
     return services.store.publish(staged, tenant=tenant, name=name, method=method, parts=parts, details=details)
 
 
-def _validated(validate: Validate, staged: Staged) -> tuple[str, tuple[str, ...], dict[str, JSON]]:
-    digest = Digest.of(manifest.encode(staged.entries))
-    details = dict(validate(staged.paths, digest))
-    parts = details.pop("parts")
-    method = details.pop("method")
-    names = tuple(str(part) for part in parts) if isinstance(parts, list | tuple) else (str(parts),)
-    return str(method), names, details
+def _validated(validate: Validate, staged: Staged) -> tuple[str, tuple[str, ...], Mapping[str, JSON]]:
+    """(method, names of the parts, all that was found out) of the staged files. Raises: AdapterError."""
+    details = validate(staged.paths, Digest.of(manifest.encode(staged.entries)))
+    methods = details["methods"]
+    names = tuple(str(method) for method in methods) if isinstance(methods, list | tuple) else (str(methods),)
+    return "+".join(names), names, details
 
 
 def _delete(services: Services, tenant: str, name: str, version: int | None) -> None:

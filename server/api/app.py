@@ -54,7 +54,8 @@ def create_app(
 ) -> FastAPI:
     """The ASGI application. `mailbox` is the one whose `publish` the engine was given; `lifespan` moves `readiness`.
 
-    `max_total_tokens` is the context a request may use, where the settings leave it to the model; `info` adds to /info.
+    `max_total_tokens` is the context a request may use: what the settings want, as far as the model and its cache allow.
+    `info` adds to /info.
     """
     client = EngineClient(engine, mailbox, text, metrics, request_timeout=settings.request_timeout)
     services = Services(
@@ -122,7 +123,7 @@ def _request_id(request: Request) -> str:
 
 def _limits(settings: Settings, max_total_tokens: int | None) -> Limits:
     return Limits(
-        max_total_tokens=settings.max_total_tokens or max_total_tokens or _LARGEST_CONTEXT,
+        max_total_tokens=max_total_tokens or settings.max_total_tokens or _LARGEST_CONTEXT,
         max_stop_sequences=settings.max_stop_sequences,
         max_top_n=settings.max_top_n,
         max_request_bytes=int(settings.max_request_mb * _MB),

@@ -23,8 +23,8 @@ from ..model.text import Text
 
 Phase = Literal["loading", "ready", "draining", "stopped"]
 
-#: Checks an upload's files against the base. The result is stored with the adapter and must hold "method" (str) and
-#: "parts" (list of str); "virtual_tokens" (int) counts the positions it puts in front of a text.
+#: Checks an upload's files against the base. The result is stored with the adapter and must hold "methods", a name per
+#: part; "virtual_tokens" (int) counts the positions it puts in front of a text.
 #: Raises: AdapterError naming the field or tensor at fault.
 Validate = Callable[[Mapping[str, Path], Digest], Mapping[str, JSON]]
 

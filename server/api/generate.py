@@ -172,7 +172,7 @@ def started_at(request: Request) -> float:
 def identity_headers(services: Services, job: Job, inputs: str) -> dict[str, str]:
     """LoRAX's headers that are known before the first token."""
     headers = {
-        "x-compute-type": str(services.info.get("compute_type", "cpu")),
+        "x-compute-type": "gpu+optimized" if services.info.get("model_device_type") == "cuda" else "cpu",
         "x-compute-characters": str(len(inputs)),
         "x-model-id": services.model_name.encode("ascii", "replace").decode(),
         "x-prompt-tokens": str(len(job.request.prompt)),

@@ -55,9 +55,14 @@ async def info(services: Context) -> Response:
             "sha": None,
             "docker_label": None,
             **services.info,
-            "adapter_slots": {"used": stats.slots_used, "total": stats.slots_total},
-            "kv_blocks": {"used": stats.kv_blocks_used, "total": stats.kv_blocks_total},
-            "requests": {"running": stats.running, "waiting": stats.waiting},
+            "engine": {
+                "running": stats.running,
+                "waiting": stats.waiting,
+                "adapter_slots_used": stats.slots_used,
+                "adapter_slots_total": stats.slots_total,
+                "kv_blocks_used": stats.kv_blocks_used,
+                "kv_blocks_total": stats.kv_blocks_total,
+            },
         }
     )
 

@@ -143,7 +143,7 @@ def _loads(loads: Sequence[Load]) -> Table:
 
 
 def _steps(steps: Sequence[tuple[str, StepReport]]) -> Table:
-    table = _table("steps of the server: mean (most, up to)", len(steps))
+    table = _table("steps of the server: mean (and most)", len(steps))
     table.add_column("run")
     for name in ("steps", "rows", "distinct adapters", "distinct families", "loads", "evictions", "preemptions", "prefix hits"):
         table.add_column(name, justify="right")
@@ -193,7 +193,7 @@ def _percentiles(found: Percentiles | None, factor: float, form: str) -> str:
 def _histogram(found: Histogram | None) -> str:
     if found is None:
         return "-"
-    return f"{found.mean:.1f} ({'more' if isinf(found.most) else f'{found.most:.0f}'})"
+    return f"{found.mean:.1f}" if isinf(found.most) else f"{found.mean:.1f} (≤ {found.most:.0f})"
 
 
 def _ms(seconds: float) -> str:

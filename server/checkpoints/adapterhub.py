@@ -222,6 +222,8 @@ def _read_bottlenecks(
         for site in sites[kind]:
             sublayer = _sublayer(site, kind, base)
             where, fields = _member(members, kind, sublayer.layer, site)
+            if (kind, sublayer.layer) not in missing:
+                raise AdapterError(site.prefix[:-1], "is stored twice, under two paths")
             missing.discard((kind, sublayer.layer))
             options = _options(fields, where, sublayer, places)
             tensors = _bottleneck(fields, where, site, sublayer.layer, base.hidden_size)
@@ -375,6 +377,8 @@ def _by_module(fields: LoraFields, sites: list[Site], base: BaseShape, places: P
     found: dict[str, tuple[Site, str, str]] = {}
     for site in sites:
         module, layer, role = _located(site, base, places)
+        if module in found:
+            raise AdapterError(site.prefix[:-1], "is stored twice, under two paths")
         if (layer, role) not in expected:
             raise AdapterError(site.prefix[:-1], "is stored, but the config gives it no LoRA")
         expected.discard((layer, role))
@@ -415,7 +419,10 @@ def _ia3(fields: LoraFields, where: str, site: Site, module: str, role: str, bas
     site.check_only(("lora_B",))
     full = torch.ones(len(parts), out // len(parts))
     full[parts] = scaled.view(sum(parts), -1)
-    return {"out": full.flatten() * fields.alpha}
+    out_scale = full.flatten() * fields.alpha
+    if not bool(torch.isfinite(out_scale).all()):
+        raise AdapterError(f"{where}alpha", f"{fields.alpha:g} makes {module} overflow")
+    return {"out": out_scale}
 
 
 def _lora(fields: LoraFields, site: Site, module: str, role: str, base: BaseShape) -> dict[str, Tensor]:

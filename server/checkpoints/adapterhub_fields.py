@@ -17,7 +17,8 @@ from ..methods.layout import Kind
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Layers = list[Annotated[int, Field(ge=0)]]
+Count = Annotated[int, Field(ge=1, le=1 << 31)]
+Layers = Annotated[list[Annotated[int, Field(ge=0, le=1 << 31)]], Field(max_length=1024)]
 
 
 class Fields(BaseModel):
@@ -38,7 +39,7 @@ class UploadFields(Fields):
     name: Annotated[str, Field(min_length=1, max_length=256)]
     version: Annotated[str, Field(pattern=r"^adapters\.\d{1,4}\.\d{1,4}(\.\d{1,4})?$")]
     model_type: str
-    hidden_size: int
+    hidden_size: Count
 
 
 class BottleneckFields(Fields):
@@ -94,7 +95,7 @@ class LoraFields(Fields):
     intermediate_lora: bool = False
     output_lora: bool = False
     leave_out: Layers = []
-    r: Annotated[int, Field(ge=1)] = 8
+    r: Count = 8
     alpha: Number = 8
     attn_matrices: list[Literal["q", "k", "v"]] = ["q", "v"]
     composition_mode: Literal["add", "scale"] = "add"

@@ -308,7 +308,8 @@ class Engine:
             self._observer.preempted()
         for row in plan.rows:
             sequence = row.sequence
-            if sequence.request is not None and not sequence.started and row.samples:
+            first = sequence.generated == 1 and row.start + row.count == sequence.prompt_end
+            if sequence.request is not None and first:
                 self._observer.prefix_cache(sequence.prompt_end - sequence.virtual, sequence.cached)
 
     def _snapshot(self) -> None:

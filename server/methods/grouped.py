@@ -143,11 +143,11 @@ def _is_run(numbers: Sequence[int]) -> bool:
 def lora_loop(x: Tensor, y: Tensor, a: Tensor, b: Tensor, rows: Rows) -> None:
     """The oracle of every LoRA path: one adapter at a time, in place.
 
-    Semantics: y[t] += B[s] @ (A[s] @ x[t]) for each row t of the pool, s its slot.
-    x [T, in], y [T, out], a [slots, r, in], b [slots, out, r].
+    Semantics: y[t] += B[s]^T @ (A[s] @ x[t]) for each row t of the pool, s its slot.
+    x [T, in], y [T, out], a [slots, r, in], b transposed [slots, r, out].
     """
     for slot, where in each_group(rows):
-        y[where] += x[where] @ a[slot].T @ b[slot].T
+        y[where] += x[where] @ a[slot].T @ b[slot]
 
 
 def rows_of(slots: Sequence[int], device: torch.device | None = None) -> Rows:

@@ -31,7 +31,7 @@ from .base import (
 )
 from .grouped import Pool, PooledOp, per_row, split_of
 
-#: kernel(x, y, A, B, rows): adds B[slot] A[slot] x to the pool's rows of y [T, out], in place.
+#: kernel(x, y, A, B, rows): adds B[slot]^T A[slot] x to the pool's rows of y [T, out], in place; A [S, r, in], B [S, r, out].
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Rows], None]
 
 SMALLEST_BUCKET = 8
@@ -103,7 +103,8 @@ def _scaled(name: str, tensor: Tensor, scale: float) -> Tensor:
 class LoraOp(PooledOp):
     """Semantics: y[t] += B[s] @ (A[s] @ x[t]) + d[s] for each row t of the pool, s its slot.
 
-    A [slots, r, in], B [slots, out, r], zero padded from the adapter's rank to r; d [slots, out] once a LoRA bias came.
+    A [slots, r, in], B transposed [slots, r, out], zero padded from the adapter's rank to r; d [slots, out] once a LoRA
+    bias came.
 
     Prefill rows come in long runs of one slot and decode rows one per slot, so a step's groups are split: a long one
     runs two GEMMs on its own rows, the short ones share two batched products over weights gathered once per
@@ -123,7 +124,7 @@ class LoraOp(PooledOp):
     ) -> None:
         super().__init__()
         self.a = Pool((rank, in_features), 0.0, device, dtype)
-        self.b = Pool((out_features, rank), 0.0, device, dtype)
+        self.b = Pool((rank, out_features), 0.0, device, dtype)
         self.bias: Pool | None = None
         self.kernel = kernel
 
@@ -139,7 +140,7 @@ class LoraOp(PooledOp):
         self.clear(slot)
         rank = tensors["A"].shape[0]
         self.a.tensor[slot, :rank] = tensors["A"]
-        self.b.tensor[slot, :, :rank] = tensors["B"]
+        self.b.tensor[slot, :rank] = tensors["B"].T
         if "bias" in tensors:
             self._bias_pool().tensor[slot] = tensors["bias"]
         self._held.add(slot)
@@ -167,7 +168,7 @@ class LoraOp(PooledOp):
     def _bias_pool(self) -> Pool:
         if self.bias is None:
             b = self.b.tensor
-            self.bias = Pool((b.shape[1],), 0.0, b.device, b.dtype)
+            self.bias = Pool((b.shape[2],), 0.0, b.device, b.dtype)
             self.bias.grow(len(b))
         return self.bias
 
@@ -176,17 +177,17 @@ class LoraOp(PooledOp):
         for slot, where in split.long:
             a, b = self.a.tensor[slot].to(x.dtype), self.b.tensor[slot].to(x.dtype)
             own = y[where]  # a view where `where` is a slice
-            own.addmm_(x[where] @ a.T, b.T)
+            own.addmm_(x[where] @ a.T, b)
             _write_back(y, where, own)
         if split.short is not None:
             a, b = self._gathered(split.slots, rows, x.dtype)
             hidden = torch.bmm(a, x[split.short].unsqueeze(-1))  # [m, r, 1]
             own = y[split.short]
-            own.unsqueeze(-1).baddbmm_(b, hidden)
+            own.unsqueeze(1).baddbmm_(hidden.transpose(1, 2), b)
             _write_back(y, split.short, own)
 
     def _gathered(self, slots: slice | Tensor, rows: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A [m, r, in] and B [m, out, r] of the short rows: the pool itself, or a copy kept with the composition."""
+        """A [m, r, in] and B [m, r, out] of the short rows: the pool itself, or a copy kept with the composition."""
         kept = rows.scratch.get(self)
         if kept is None:
             kept = self.a.tensor[slots].to(dtype), self.b.tensor[slots].to(dtype)

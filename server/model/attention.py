@@ -66,6 +66,12 @@ class PagedAttention(Protocol):
     ) -> Tensor: ...
 
 
+class WriteKV(Protocol):
+    """Scatters k and v [1, Hkv, T, D] into rows `write` [T] of the caches [blocks, block_size, Hkv, D]."""
+
+    def __call__(self, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, write: Tensor) -> None: ...
+
+
 @dataclass
 class LayerAttention:
     """One layer's cache and how to attend over it. Invariant: block 0 stays zero."""
@@ -74,13 +80,18 @@ class LayerAttention:
     values: Tensor
     step: Step
     kernel: PagedAttention
+    write: WriteKV
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int = 0, softcap: float = 0.0) -> Tensor:
         """q [1, Hq, T, D], k and v [1, Hkv, T, D] (keys after RoPE) -> [1, T, Hq, D]."""
-        flat = (-1, *self.keys.shape[2:])
-        self.keys.view(flat).index_copy_(0, self.step.write, k[0].transpose(0, 1).to(self.keys.dtype))
-        self.values.view(flat).index_copy_(0, self.step.write, v[0].transpose(0, 1).to(self.values.dtype))
+        self.write(k, v, self.keys, self.values, self.step.write)
         return self.kernel(q[0].transpose(0, 1), self.keys, self.values, self.step, scale, window, softcap)[None]
+
+
+def torch_write(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, write: Tensor) -> None:
+    """The pure-torch `WriteKV`."""
+    for cache, new in ((keys, k), (values, v)):
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, write, new[0].transpose(0, 1).to(cache.dtype))
 
 
 def torch_attention(q: Tensor, keys: Tensor, values: Tensor, step: Step, scale: float, window: int, softcap: float) -> Tensor:
@@ -185,7 +196,7 @@ def probe(model: nn.Module, num_layers: int) -> AttentionShape:
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
     try:
         model(input_ids=token, position_ids=token, use_cache=False, logits_to_keep=token[0])
-    except (KeyError, TypeError, NotImplementedError) as error:
+    except (KeyError, TypeError, AttributeError, NotImplementedError) as error:
         raise UnsupportedModelError(f"{_name(model)} does not run with a custom attention: {error!r}") from error
     finally:
         for module in model.modules():

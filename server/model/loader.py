@@ -22,6 +22,7 @@ from adapters_store.digest import Digest
 from ..methods.base import BaseShape, ModuleShape
 from ..methods.layout import sublayers
 from .attention import NAME, AttentionShape, UnsupportedModelError, probe
+from .linear import PackedModule
 
 _CHUNK = 1 << 24
 
@@ -40,11 +41,8 @@ class Base:
     @property
     def nbytes(self) -> int:
         """Bytes of the weights as they are held."""
-        tensors: dict[int, int] = {}
-        for module in self.model.modules():
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                tensors[tensor.data_ptr()] = tensor.nbytes
-        return sum(tensors.values())
+        held = {t.data_ptr(): t.nbytes for t in (*self.model.parameters(), *self.model.buffers())}
+        return sum(held.values()) + sum(m.nbytes for m in self.model.modules() if isinstance(m, PackedModule))
 
 
 def load_base(
@@ -58,18 +56,25 @@ def load_base(
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, attn_implementation=NAME, local_files_only=True, use_safetensors=True
+            directory,
+            dtype="auto" if prepare else dtype,
+            attn_implementation=NAME,
+            local_files_only=True,
+            use_safetensors=True,
         )
     except (ValueError, OSError) as error:
         raise UnsupportedModelError(f"{directory} is not a decoder that can be served: {error}") from error
     nn.Module.to(model, device)
-    base = make_base(model, digest_of(directory), device, dtype)
-    if prepare is not None:
-        prepare(base.model)
-    return base
+    return make_base(model, digest_of(directory), device, dtype, prepare)
 
 
-def make_base(model: nn.Module, digest: Digest, device: torch.device, dtype: torch.dtype) -> Base:
+def make_base(
+    model: nn.Module,
+    digest: Digest,
+    device: torch.device,
+    dtype: torch.dtype,
+    prepare: Callable[[nn.Module], None] | None = None,
+) -> Base:
     """Freeze, guard and describe a Hugging Face causal language model that is already in memory."""
     model = model.eval().requires_grad_(False)
     config = cast("PretrainedConfig", model.config)
@@ -77,9 +82,11 @@ def make_base(model: nn.Module, digest: Digest, device: torch.device, dtype: tor
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder; adapterd serves decoders")
     config._attn_implementation = NAME
-    with torch.inference_mode():
-        attention = probe(model, text.num_hidden_layers)
     modules = dict(_module_shapes(model))
+    with torch.inference_mode():
+        if prepare is not None:
+            prepare(model)
+        attention = probe(model, text.num_hidden_layers)
     layout = sublayers(text.model_type, text.num_hidden_layers, text.to_dict())
     known = all({s.residual, s.inlet, s.exit} <= modules.keys() for s in layout)
     shape = BaseShape(

@@ -18,7 +18,7 @@ from ..engine.plan import Change, Copy, Evict, Fill, Put, Row, Sample
 from ..engine.plan import Sequence as Seq
 from ..methods.base import Adapter, Method, Prefix
 from ..requests import Token
-from .attention import LayerAttention, PagedAttention, bind, torch_attention
+from .attention import LayerAttention, PagedAttention, WriteKV, bind, torch_attention, torch_write
 from .batch import BatchBuilder, order_rows
 from .loader import Base
 from .sampling import SampleRow, sample, score_prompt
@@ -47,7 +47,12 @@ class Runner:
     """The base with its cache and resident adapters. Invariant: cache block 0 is zero."""
 
     def __init__(
-        self, base: Base, cache: CacheShape, methods: Mapping[str, Method], attention: PagedAttention = torch_attention
+        self,
+        base: Base,
+        cache: CacheShape,
+        methods: Mapping[str, Method],
+        attention: PagedAttention = torch_attention,
+        write: WriteKV = torch_write,
     ) -> None:
         shape = base.shape
         self.base = base
@@ -59,7 +64,7 @@ class Runner:
         self._embed = base.model.get_input_embeddings()  # type: ignore[operator]
         self._prefixes: dict[Digest, Prefix] = {}
         self._parts: dict[Digest, Adapter] = {}
-        bind(base.attention, [LayerAttention(kv[0], kv[1], self.step, attention) for kv in self._caches])
+        bind(base.attention, [LayerAttention(kv[0], kv[1], self.step, attention, write) for kv in self._caches])
 
     # -- between forward passes ----------------------------------------------------------------------------------
 

@@ -102,6 +102,15 @@ def test_opening_a_new_directory_from_many_threads_gives_one_store(root: Path, u
         assert store.count() == THREADS
 
 
+def test_stores_opened_and_closed_beside_each_other_do_not_meet(store: Store, root: Path) -> None:
+    def work(_: int, __: None) -> None:
+        for _ in range(10):
+            Store.open(root).close()
+
+    at_once(work, [None] * THREADS)
+    assert store.gc(0).uploads == 0
+
+
 def at_once(work: Callable[[int, S], T], stores: list[S]) -> list[T]:
     """`work(thread, store)` in one thread per store, all released together; raises what a thread raised."""
     start = threading.Barrier(len(stores))

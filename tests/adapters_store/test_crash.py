@@ -26,7 +26,7 @@ def kill_everywhere(action: str, directory: Path) -> list[str]:
     environment = {**os.environ, "PYTHONPATH": str(Path(adapters_store.__file__).parents[1])}
     done = subprocess.run(
         [sys.executable, "-W", "error", str(script), action, str(directory)],
-        env=environment, capture_output=True, text=True, timeout=120, check=False,
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import HandClock, in_memory
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -16,6 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from adapters_store.digest import Digest
 from adapters_store.errors import NotFound
 from adapters_store.store import Store
+
+from .conftest import HandClock, in_memory
 
 tenants = st.sampled_from(["acme", "zeta"])
 names = st.sampled_from(["support", "org/sales", "x"])

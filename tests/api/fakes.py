@@ -196,4 +196,4 @@ def validate(paths: Mapping[str, Path], digest: Digest) -> Mapping[str, JSON]:
     if config.startswith(b"bad"):
         raise AdapterError("r", "must be between 1 and 256, got 0")
     virtual = int(config.removeprefix(b"virtual ")) if config.startswith(b"virtual ") else 0
-    return {"method": "lora", "parts": ["lora"], "virtual_tokens": virtual, "rank": 8}
+    return {"methods": ["lora", "prefix_tuning"] if virtual else ["lora"], "virtual_tokens": virtual, "rank": 8}

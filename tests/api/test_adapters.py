@@ -44,9 +44,16 @@ async def test_upload_creates_a_version(world: World) -> None:
     body = response.json()
     assert (body["adapter_id"], body["version"], body["method"], body["parts"]) == ("support", 1, "lora", ["lora"])
     assert (body["size_bytes"], body["state"]) == (9, "stored")
-    assert body["details"] == {"virtual_tokens": 0, "rank": 8}
+    assert body["details"] == {"methods": ["lora"], "virtual_tokens": 0, "rank": 8}
     assert (await world.generate(adapter_id="support")).status_code == 200
     assert world.last.adapters == (body["digest"],)
+
+
+async def test_upload_of_several_parts(world: World) -> None:
+    body = (await upload(world, config=b"virtual 7")).json()
+    assert (body["method"], body["parts"]) == ("lora+prefix_tuning", ["lora", "prefix_tuning"])
+    await world.generate("a", adapter_id="support")
+    assert world.last.sampling.max_new_tokens == 100 - 1 - 7
 
 
 async def test_same_content_again_changes_nothing(world: World) -> None:

@@ -17,6 +17,9 @@ from server.model.text import Text
 
 from .conftest import World, build
 
+#: What the clients themselves do that is deprecated is not ours to mend.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
 ANSWER = " world, how are you"
 
 
@@ -82,8 +85,12 @@ def test_text_generation_client_chats(live: Live) -> None:
     client = tgi.Client(live.url)
     messages = [types.Message(role="user", content="hello")]
     assert client.chat(messages, max_tokens=30).choices[0].message.content == ANSWER
-    chunks = list(client.chat(messages, max_tokens=30, stream=True))
-    assert "".join(chunk.choices[0].delta.content for chunk in chunks) == ANSWER
+    shown = ""
+    for chunk in client.chat(messages, max_tokens=30, stream=True):
+        shown += chunk.choices[0].delta.content
+        if chunk.choices[0].finish_reason is not None:
+            break  # 0.7.0 stumbles over the [DONE] that follows, also when it is TGI that sends it
+    assert shown == ANSWER
 
 
 def test_hugging_face_client(live: Live) -> None:

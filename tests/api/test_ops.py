@@ -23,7 +23,7 @@ async def test_health_follows_the_phase(world: World) -> None:
 async def test_info(world: World) -> None:
     info = (await world.http.get("/info")).json()
     assert (info["model_id"], info["max_total_tokens"], info["max_stop_sequences"]) == ("tiny", 100, 4)
-    assert info["kv_blocks"] == {"used": 3, "total": 12}
+    assert (info["engine"]["kv_blocks_used"], info["engine"]["kv_blocks_total"]) == (3, 12)
 
 
 async def test_metrics_tell_what_happened(world: World) -> None:

@@ -8,7 +8,9 @@ from server.bench.results import OK, Comparison, Memory, MemorySample, Outcome, 
 def test_percentiles_interpolate_between_ranks() -> None:
     found = Percentiles.of([4.0, 1.0, 3.0, 2.0, 5.0])
     assert found is not None
-    assert (found.p50, found.p90, found.p99, found.count) == (3.0, pytest.approx(4.6), pytest.approx(4.96), 5)
+    assert (found.p50, found.count) == (3.0, 5)
+    assert found.p90 == pytest.approx(4.6)
+    assert found.p99 == pytest.approx(4.96)
 
 
 def test_percentiles_of_nothing_are_none() -> None:
@@ -30,7 +32,8 @@ def test_a_run_is_summed_up_from_its_good_requests() -> None:
     assert load.time_to_first_token is not None
     assert load.time_to_first_token.p50 == pytest.approx(2.0)
     assert load.inter_token is not None
-    assert (load.inter_token.p50, load.inter_token.p90, load.inter_token.count) == (0.5, pytest.approx(0.9), 3)
+    assert (load.inter_token.p50, load.inter_token.count) == (0.5, 3)
+    assert load.inter_token.p90 == pytest.approx(0.9)
     assert load.end_to_end is not None
     assert load.end_to_end.p50 == pytest.approx(3.0)
 

@@ -360,6 +360,30 @@ def test_a_field_inside_a_union_is_named_with_its_place() -> None:
         read_adapterhub(config, tensors, base_of("llama"))
 
 
+HUGE = 10**400
+SIZES: list[tuple[str, str, object]] = [
+    ("llama/lora", "r", HUGE),
+    ("llama/lora", "alpha", HUGE),
+    ("llama/lora", "leave_out", [HUGE]),
+    ("llama/lora", "leave_out", [0] * 1025),
+    ("llama/ia3", "alpha", 1e300),
+    ("llama/seq_bn", "reduction_factor", HUGE),
+    ("llama/seq_bn", "reduction_factor", {"default": HUGE}),
+    ("llama/seq_bn", "scaling", HUGE),
+    ("llama/seq_bn", "scaling", float("inf")),
+]
+
+
+@pytest.mark.parametrize(("case", "field", "value"), SIZES, ids=lambda value: str(value)[:20])
+def test_a_number_beyond_reason_is_named(case: str, field: str, value: object) -> None:
+    config, tensors, _ = files(case)
+    config["config"][field] = value
+    with pytest.raises(AdapterError) as caught:
+        read_adapterhub(config, tensors, base_of("llama"))
+    assert caught.value.field.startswith(f"config.{field}")
+    assert len(str(caught.value)) < 300
+
+
 @pytest.mark.parametrize(
     "configs", [[], [{"architecture": "union", "configs": []}], [{"architecture": "lora"}, {"architecture": "lora"}]]
 )
@@ -424,6 +448,13 @@ def test_a_missing_layer_is_named() -> None:
 )
 def test_a_tensor_that_the_config_does_not_explain_is_named(key: str) -> None:
     assert refused("llama/seq_bn", **{key: torch.zeros(2)}).field == key
+
+
+def test_a_site_under_two_paths_is_named() -> None:
+    again = {f"layers.1.output_adapters.adapters.golden.{name}": torch.zeros(2) for name in ("adapter_up.bias", "x")}
+    assert str(refused("llama/seq_bn", **again)) == "layers.1.output_adapters.adapters.golden: is stored twice, under two paths"
+    key = "layers.1.self_attn.q_proj.loras.golden"
+    assert str(refused("llama/lora", **{f"{key}.lora_A": torch.zeros(3, 32)})) == f"{key}: is stored twice, under two paths"
 
 
 @pytest.mark.parametrize("path", ["model.layers.2", "model.layers.1.mlp", "encoder.layer.1", "model", "x.model.layers.1"])

@@ -58,7 +58,7 @@ def cases() -> Iterator[tuple[str, str, Any]]:
         if model != "phi":  # the library has no input for a parallel adapter after phi's feed-forward, and crashes
             yield model, "par_bn", ParBnConfig(reduction_factor=8)
         yield model, "lora", LoRAConfig(**lora, attn_matrices=["q", "v"])
-        yield model, "ia3", IA3Config(output_lora=True)
+        yield model, "ia3", IA3Config()
     yield "phi", "parallel_attention", BnConfig(True, False, 8, "tanh", is_parallel=True)
     yield "gpt2", "lora_k", LoRAConfig(r=2, alpha=5, attn_matrices=["k"])
     yield "gpt2", "ia3_alpha", IA3Config(alpha=2, attn_matrices=["q", "v"])

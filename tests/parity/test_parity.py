@@ -13,7 +13,9 @@ import torch
 
 from adapters_store.digest import Digest
 from server.methods.base import Adapter, Part
+from server.model.kernels import Kernels, choose_kernels
 from server.model.loader import make_base
+from server.settings import default_home
 from tests.lab import BASE, Lab
 from tests.parity.zoo import PEFT_CONFIGS, Specimen, base_specimen, bitfit_specimen, bottleneck_specimen, peft_specimen
 from tests.tiny import ARCHITECTURES, VOCAB, tiny_model
@@ -26,6 +28,16 @@ def architecture(request: pytest.FixtureRequest) -> str:
     torch.set_num_threads(1)
     name: str = request.param
     return name
+
+
+@pytest.fixture(params=["torch", "native"])
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    if request.param == "torch":
+        return Kernels("torch")
+    chosen = choose_kernels(torch.device("cpu"), torch.float32, True, default_home(), lambda line: None)
+    if chosen.name != "native":
+        pytest.skip(chosen.name)
+    return chosen
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +85,10 @@ def test_oracles_differ_from_the_base(zoo: Mapping[str, Specimen], expected: dic
 
 
 @pytest.mark.parametrize("budget", [5, 64])
-def test_mixed_staggered_chunked(architecture: str, zoo: Mapping[str, Specimen], expected: dict, budget: int) -> None:
-    lab = Lab(tiny_model(architecture), adapters_of(zoo), max_batch_tokens=budget)
+def test_mixed_staggered_chunked(
+    architecture: str, zoo: Mapping[str, Specimen], expected: dict, budget: int, kernels: Kernels
+) -> None:
+    lab = Lab(tiny_model(architecture), adapters_of(zoo), kernels=kernels, max_batch_tokens=budget)
     for name, (prompt, _, _) in expected.items():
         lab.submit(name, prompt, *digests(zoo, name), max_new_tokens=NEW)
         lab.turn()
@@ -85,8 +99,8 @@ def test_mixed_staggered_chunked(architecture: str, zoo: Mapping[str, Specimen],
         assert max(lab.observer.families_per_step) >= 5
 
 
-def test_preemption_forced(architecture: str, zoo: Mapping[str, Specimen], expected: dict) -> None:
-    lab = Lab(tiny_model(architecture), adapters_of(zoo), blocks=20, max_batch_tokens=32)
+def test_preemption_forced(architecture: str, zoo: Mapping[str, Specimen], expected: dict, kernels: Kernels) -> None:
+    lab = Lab(tiny_model(architecture), adapters_of(zoo), kernels=kernels, blocks=20, max_batch_tokens=32)
     for name, (prompt, _, _) in expected.items():
         lab.submit(name, prompt, *digests(zoo, name), max_new_tokens=NEW)
     lab.run()
@@ -94,8 +108,8 @@ def test_preemption_forced(architecture: str, zoo: Mapping[str, Specimen], expec
     check(lab, expected)
 
 
-def test_eviction_forced(architecture: str, zoo: Mapping[str, Specimen], expected: dict) -> None:
-    lab = Lab(tiny_model(architecture), adapters_of(zoo), slots=3)
+def test_eviction_forced(architecture: str, zoo: Mapping[str, Specimen], expected: dict, kernels: Kernels) -> None:
+    lab = Lab(tiny_model(architecture), adapters_of(zoo), kernels=kernels, slots=3)
     for turn in range(2):
         for name, (prompt, _, _) in expected.items():
             lab.submit(f"{name}{turn}", prompt, *digests(zoo, name), max_new_tokens=NEW)
@@ -106,9 +120,9 @@ def test_eviction_forced(architecture: str, zoo: Mapping[str, Specimen], expecte
 
 
 def test_a_second_request_of_everyone_reuses_the_first_ones_blocks(
-    architecture: str, zoo: Mapping[str, Specimen], expected: dict
+    architecture: str, zoo: Mapping[str, Specimen], expected: dict, kernels: Kernels
 ) -> None:
-    lab = Lab(tiny_model(architecture), adapters_of(zoo))
+    lab = Lab(tiny_model(architecture), adapters_of(zoo), kernels=kernels)
     for turn in range(2):
         for name, (prompt, _, _) in expected.items():
             lab.submit(f"{name}{turn}", prompt, *digests(zoo, name), max_new_tokens=NEW)
@@ -118,9 +132,11 @@ def test_a_second_request_of_everyone_reuses_the_first_ones_blocks(
     assert all(cached[f"{name}1"] > 0 for name, (prompt, _, _) in expected.items() if len(prompt) > 12)
 
 
-def test_a_nan_adapter_in_the_batch_hurts_nobody_else(architecture: str, zoo: Mapping[str, Specimen], expected: dict) -> None:
+def test_a_nan_adapter_in_the_batch_hurts_nobody_else(
+    architecture: str, zoo: Mapping[str, Specimen], expected: dict, kernels: Kernels
+) -> None:
     broken = {adapter.digest: adapter for adapter in (poisoned(zoo[name].adapter) for name in POISONED)}
-    lab = Lab(tiny_model(architecture), {**adapters_of(zoo), **broken})
+    lab = Lab(tiny_model(architecture), {**adapters_of(zoo), **broken}, kernels=kernels)
     for digest in broken:
         lab.submit(f"nan {digest}", [5, 6, 7, 8, 9], digest)
     for name, (prompt, _, _) in expected.items():

@@ -109,12 +109,11 @@ def _warm_then_cosine(step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def answer(model: Any, tokenizer: Any, question: str, chat: bool, limit: int = 48) -> str:
-    """The greedy answer, one request alone."""
+def answer(model: Any, tokenizer: Any, question: str, chat: bool, limit: int = 48, **options: Any) -> str:
+    """The greedy answer, one request alone; `options` go to `generate`."""
     ids = torch.tensor([prompt_ids(tokenizer, question, chat)])
-    out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=limit, pad_token_id=2
-    )
+    plain = {"do_sample": False, "max_new_tokens": limit, "pad_token_id": tokenizer.pad_token_id}
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **plain, **options)
     text = tokenizer.decode(out[0], skip_special_tokens=True)
     asked = tokenizer.decode(ids[0], skip_special_tokens=True)
     return text.removeprefix(asked)

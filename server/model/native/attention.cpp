@@ -125,12 +125,8 @@ ADAPTERD_INLINE void fetch(const float *row, index_t dim) {
 
 void transpose_keys(const float *const *rows, index_t dim, float *panel) {
     index_t d = 0;
-    for (; d + LANES <= dim; d += LANES) {
-        vf square[LANES];
-        for (int i = 0; i < LANES; i++) square[i] = load(rows[i] + d);
-        transpose(square);
-        for (int i = 0; i < LANES; i++) store(panel + (d + i) * PANEL, square[i]);
-    }
+    for (; d + LANES <= dim; d += LANES)
+        transpose(rows, d, panel + d * PANEL, PANEL, std::make_integer_sequence<int, LANES>{});
     for (; d < dim; d++)
         for (int i = 0; i < LANES; i++) panel[d * PANEL + i] = rows[i][d];
 }

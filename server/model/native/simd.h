@@ -157,22 +157,25 @@ ADAPTERD_INLINE void exchange(vf &a, vf &b, std::integer_sequence<int, J...>) {
     b = high;
 }
 
-template <int STEP>
-ADAPTERD_INLINE void transpose_round(vf (&r)[LANES]) {
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++)
-        if (!(i & STEP)) exchange<STEP>(r[i], r[i + STEP], std::make_integer_sequence<int, LANES>{});
+template <int STEP, int I>
+ADAPTERD_INLINE void exchange_pair(vf (&r)[LANES]) {
+    if constexpr (!(I & STEP)) exchange<STEP>(r[I], r[I + STEP], std::make_integer_sequence<int, LANES>{});
 }
 
-ADAPTERD_INLINE void transpose(vf (&r)[LANES]) {
-    transpose_round<1>(r);
-    transpose_round<2>(r);
-#if ADAPTERD_LANES > 4
-    transpose_round<4>(r);
-#endif
-#if ADAPTERD_LANES > 8
-    transpose_round<8>(r);
-#endif
+template <int STEP, int... I>
+ADAPTERD_INLINE void transpose_from(vf (&r)[LANES], std::integer_sequence<int, I...> all) {
+    (exchange_pair<STEP, I>(r), ...);
+    if constexpr (2 * STEP < LANES) transpose_from<2 * STEP>(r, all);
+}
+
+// to[j * stride + i] = rows[i][j] for a square of LANES by LANES. Indices are template arguments, not loop variables, so
+// that the square stays in registers.
+template <int... I>
+ADAPTERD_INLINE void transpose(const float *const *rows, index_t at, float *to, index_t stride,
+                               std::integer_sequence<int, I...> all) {
+    vf square[LANES] = {load(rows[I] + at)...};
+    transpose_from<1>(square, all);
+    (store(to + I * stride, square[I]), ...);
 }
 
 // ---- the product of a few rows with a strip of columns, held in registers ----

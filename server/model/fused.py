@@ -1,0 +1,67 @@
+"""Fused norms and gated activations for the CPU, put in only where they prove to compute the same.
+
+A module is recognised by its shape (attributes), never by its class; each replacement is tried on random numbers against
+the original and dropped where it differs. Knows no adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from .native import NativeKernels
+
+Forward = Callable[[Tensor], Tensor]
+
+
+def fuse_model(model: nn.Module, native: NativeKernels) -> int:
+    """Give norms and gated feed-forwards a fused forward; returns how many modules got one."""
+    fused = 0
+    for module in model.modules():
+        found = next((f for f, width in _candidates(module, native) if _agrees(module, f, width)), None)
+        if found is not None:
+            module.forward = found
+            fused += 1
+    return fused
+
+
+def _candidates(module: nn.Module, native: NativeKernels) -> Iterator[tuple[Forward, int]]:
+    """(fused forward, width of its input) that may be equal to the module's own."""
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if isinstance(module, nn.LayerNorm):
+        if len(module.normalized_shape) == 1:
+            yield _layer_norm(module, native), module.normalized_shape[0]
+    elif isinstance(weight, Tensor) and weight.ndim == 1 and isinstance(eps, float):
+        for scale in (weight.data, 1.0 + weight.data):  # Gemma stores the scale's distance from 1
+            yield _rms_norm(scale.contiguous(), eps, native), len(weight)
+    elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+        gate, up, down = (cast("nn.Module", getattr(module, name)) for name in ("gate_proj", "up_proj", "down_proj"))
+        for kernel in (native.silu_mul, native.gelu_tanh_mul):
+            yield _gated(gate, up, down, kernel), cast("int", gate.in_features)
+
+
+def _rms_norm(scale: Tensor, eps: float, native: NativeKernels) -> Forward:
+    return lambda x: native.rms_norm(x.contiguous(), scale, eps)
+
+
+def _layer_norm(module: nn.LayerNorm, native: NativeKernels) -> Forward:
+    return lambda x: native.layer_norm(x.contiguous(), module.weight, module.bias, module.eps)
+
+
+def _gated(gate: nn.Module, up: nn.Module, down: nn.Module, kernel: Callable[[Tensor, Tensor], Tensor]) -> Forward:
+    # The projections are called as modules, so that their hooks (adapters) keep running.
+    return lambda x: cast("Tensor", down(kernel(gate(x), up(x))))
+
+
+def _agrees(module: nn.Module, fused: Forward, width: int) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3, width, generator=generator)
+    try:
+        expected, got = module(x), fused(x)
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False
+    return isinstance(expected, Tensor) and expected.shape == got.shape and torch.allclose(expected, got, rtol=1e-4, atol=1e-5)
