@@ -62,6 +62,7 @@ class Server:
 
 def assemble(settings: Settings, report: Report = quiet) -> Server:
     """Load the base and put everything together. Raises: AdapterdError naming what is wrong."""
+    runtime_bytes = psutil.Process().memory_info().rss  # interpreter and libraries, before anything is loaded
     device, dtype = choose_device(settings)
     torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
     directory = resolve(settings.model, default_home(), report)
@@ -94,9 +95,9 @@ def assemble(settings: Settings, report: Report = quiet) -> Server:
         model_name=settings.model,
         mailbox=mailbox,
         max_total_tokens=limits.max_total_tokens,
-        info=_info(settings, base, cache, limits, kernels),
+        info={**_info(settings, base, cache, limits, kernels), "runtime_bytes": runtime_bytes},
         readiness=readiness,
-        lifespan=lifespan(engine, readiness, store.close),
+        lifespan=lifespan(engine, readiness, store),
     )
     log.info("base model ready", model=settings.model, digest=base.shape.digest.short, kernels=kernels.name)
     return Server(settings, base, engine, store, app, readiness)
@@ -203,7 +204,6 @@ def _info(settings: Settings, base: Base, cache: CacheShape, limits: SchedulerLi
         "max_running": limits.max_running,
         "max_waiting_tokens": 0,
         "max_stop_sequences": settings.max_stop_sequences,
-        "adapter_slots": settings.adapter_slots,
         "kv_block_size": cache.block_size,
         "kv_blocks_total": cache.blocks - 1,
         "kv_cache_bytes": cache.nbytes(base),

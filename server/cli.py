@@ -6,12 +6,13 @@ server speak HTTP to it, so they can do nothing that a client could not. Heavy i
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import httpx
 import pydantic
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__
+from .bench import BenchOptions, render, run_bench, to_json
 from .errors import AdapterdError
 from .settings import Settings, default_home
 
@@ -121,6 +123,41 @@ def pull(model: Annotated[str, typer.Argument(help="A short name or a Hub id.")]
 def version() -> None:
     """Print the version."""
     print(__version__)
+
+
+# -- bench -----------------------------------------------------------------------------------------------------------
+
+
+def _with_bench_options(function: Callable[..., None]) -> Callable[..., None]:
+    """One option for each field of `BenchOptions`, and `--json`."""
+    hints = get_type_hints(BenchOptions)
+    params = [_bench_option(field, hints[field.name]) for field in dataclasses.fields(BenchOptions)]
+    path = Annotated[Path | None, typer.Option("--json", help="Also write the report to this file, as JSON.")]
+    params.append(inspect.Parameter("json_path", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=path))
+    function.__signature__ = inspect.Signature(params)  # type: ignore[attr-defined]  # what typer reads
+    function.__annotations__ = {param.name: param.annotation for param in params}
+    return function
+
+
+def _bench_option(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
+    flag = "--" + field.name.replace("_", "-")
+    listed = field.name == "families"
+    kind = str if listed or get_origin(hint) is Literal else hint
+    default: Any = ",".join(BenchOptions.families) if listed else field.default
+    option = typer.Option(f"{flag}/--no-{flag[2:]}" if hint is bool else flag, help=BenchOptions.help()[field.name])
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+
+
+@app.command("bench", help="Offer load to a running server and measure it.")
+@_with_bench_options
+def _bench(json_path: Path | None, families: str, **flags: Any) -> None:
+    flags["families"] = tuple(families.split(","))
+    report = run_bench(BenchOptions(**flags))
+    Console(width=200).print(render(report))
+    if json_path is not None:
+        json_path.write_text(to_json(report))
+    if report.failed:
+        sys.exit(1)
 
 
 # -- adapters of a running server --------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from threading import Lock
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
@@ -77,6 +77,7 @@ class Metrics:
         self._model_name = model_name
         self._tenants = TopK(top_k)
         self._adapters = TopK(top_k)
+        ProcessCollector(registry=self.registry)
         self._declare_requests()
         self._declare_steps()
         self._declare_adapters()
@@ -247,6 +248,8 @@ def _own_gauges(stats: EngineStats) -> tuple[tuple[str, str, int], ...]:
         ("kv_blocks_total", "KV blocks there are.", stats.kv_blocks_total),
         ("adapter_slots_used", "Adapters resident on the device.", stats.slots_used),
         ("adapter_slots_total", "Adapters that fit on the device.", stats.slots_total),
+        ("adapter_slots_bytes", "Device bytes of the resident adapters' pools.", stats.device_bytes),
+        ("host_cache_bytes", "Bytes of parsed adapters kept in host memory.", stats.host_cache_bytes),
     )
 
 

@@ -5,6 +5,7 @@ SIGTERM -> readiness 503 -> running requests finish, at most `drain_seconds` -> 
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import socket
 import threading
@@ -15,7 +16,11 @@ from types import FrameType
 
 import structlog
 import uvicorn
+from anyio import to_thread
 from fastapi import FastAPI
+
+from adapters_store.errors import StoreError
+from adapters_store.store import Store
 
 from .api.context import Readiness
 from .engine.engine import Engine
@@ -25,6 +30,8 @@ from .settings import Settings
 log = structlog.get_logger(__name__)
 
 _POLL = 0.05  # seconds between looks at what still runs while draining
+_SWEEP_EVERY = 600  # seconds
+_SWEEP_GRACE = 3600  # seconds a deleted adapter's files are kept
 _LAST_WORDS = 5  # seconds for the last answers to reach their clients
 
 
@@ -47,21 +54,32 @@ def check_exposure(settings: Settings) -> None:
         )
 
 
-def lifespan(
-    engine: Engine, readiness: Readiness, close: Callable[[], None]
-) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
-    """Starts the engine with the app and stops it after the last request."""
+def lifespan(engine: Engine, readiness: Readiness, store: Store) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """Starts the engine with the app, sweeps the store while it runs, and stops both after the last request."""
 
     @asynccontextmanager
     async def run(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
+        sweep = asyncio.create_task(_sweep(store))
         readiness.ready()
         yield
         readiness.stopped()
+        sweep.cancel()
         engine.stop()
-        close()
+        store.close()
 
     return run
+
+
+async def _sweep(store: Store) -> None:
+    """Remove what deleted adapters left behind, long after the last request that could still load them."""
+    while True:
+        await asyncio.sleep(_SWEEP_EVERY)
+        try:
+            collected = await to_thread.run_sync(store.gc, _SWEEP_GRACE)
+            log.info("swept the store", collected=str(collected))
+        except StoreError:
+            log.exception("the store could not be swept")
 
 
 class DrainingServer(uvicorn.Server):

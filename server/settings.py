@@ -36,9 +36,7 @@ class Settings(BaseSettings):
 
     kv_cache_gb: float | None = Field(None, gt=0, description="KV cache size in GB; unset = a share of free memory.")
     block_size: int = Field(16, ge=1, le=512, description="Token positions per KV block.")
-    max_batch_tokens: int = Field(
-        512, ge=1, le=65536, description="Token budget of one step (prefill chunks + decode)."
-    )
+    max_batch_tokens: int = Field(512, ge=1, le=65536, description="Token budget of one step (prefill chunks + decode).")
     max_running: int = Field(64, ge=1, le=4096, description="Sequences that may be in the batch at once.")
     max_waiting: int = Field(256, ge=0, le=100_000, description="Requests that may queue; the next gets 429.")
     adapter_slots: int = Field(32, ge=1, le=4096, description="Adapters resident on the device at once.")
@@ -60,6 +58,4 @@ class Settings(BaseSettings):
 
     metrics_top_k: int = Field(100, ge=0, description="Adapters (and tenants) that get their own metric label.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
-    log_format: Literal["auto", "json", "console"] = Field(
-        "auto", description="auto = console on a terminal, else JSON."
-    )
+    log_format: Literal["auto", "json", "console"] = Field("auto", description="auto = console on a terminal, else JSON.")

@@ -36,13 +36,17 @@ def measure_machine() -> Machine:
     """Takes about a second of every core; the best of a few tries each, as neighbours only ever slow things down."""
     import torch
 
+    load_average, threads = _load_average(), torch.get_num_threads()
+    torch.set_num_threads(_usable_cpus())
     data = torch.ones(_READ_BYTES // 4)
     a, b = torch.rand(_GEMM, _GEMM), torch.rand(_GEMM, _GEMM)
+    reading, multiplying = _fastest(data.sum), _fastest(lambda: a @ b)
+    torch.set_num_threads(threads)
     return Machine(
         cpus=_usable_cpus(),
-        read_gb_per_second=_READ_BYTES / _fastest(lambda: data.sum()) / 1e9,
-        gemm_gflop_per_second=2 * _GEMM**3 / _fastest(lambda: a @ b) / 1e9,
-        load_average=_load_average(),
+        read_gb_per_second=_READ_BYTES / reading / 1e9,
+        gemm_gflop_per_second=2 * _GEMM**3 / multiplying / 1e9,
+        load_average=load_average,
     )
 
 

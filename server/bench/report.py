@@ -103,8 +103,7 @@ def _header(report: BenchReport) -> Text:
 
 
 def _comparison(comparison: Comparison) -> Table:
-    counted, rounds = len(comparison.counted), len(comparison.rounds)
-    table = _table(f"tokens/s, medians of {counted} rounds ({rounds - counted} left out: others used the CPU)", 1)
+    table = _table(f"tokens/s, medians of {len(comparison.counted)} rounds", 1)
     table.add_column("")
     for name in ("median", "least", "most"):
         table.add_column(name, justify="right")
@@ -113,9 +112,15 @@ def _comparison(comparison: Comparison) -> Table:
     table.add_row("A / B", *_spread(comparison.ratio, ".2f"), style="bold")
     if comparison.same_tokens is not None:
         table.add_row("rows with the same tokens", f"{comparison.same_tokens:.0%}", "", "")
-    if comparison.rounds and all(round.disturbed for round in comparison.rounds):
-        table.caption = "Every round was disturbed by other programs: take these figures with care."
+    table.caption = _disturbance(comparison)
     return table
+
+
+def _disturbance(comparison: Comparison) -> str | None:
+    if all(round.disturbed for round in comparison.rounds):
+        return "Other programs disturbed every round."
+    left_out = len(comparison.rounds) - len(comparison.counted)
+    return f"Left out: {left_out} rounds that other programs disturbed." if left_out else None
 
 
 def _spread(spread: Spread, form: str) -> tuple[str, str, str]:
@@ -166,13 +171,14 @@ def _memory(memory: Memory) -> Table:
     table = _table("resident memory of the server", 1)
     table.add_column("after adapters", justify="right")
     table.add_column("resident", justify="right")
-    for sample in memory.samples[:: max(1, len(memory.samples) // _SHOWN_SAMPLES)]:
+    stride = max(1, len(memory.samples) // _SHOWN_SAMPLES)
+    for sample in reversed(memory.samples[::-1][::stride]):  # the last one always
         table.add_row(str(sample.adapters), _mb(sample.resident_bytes))
     table.add_row("peak", _mb(memory.peak_bytes or 0), style="bold")
     if memory.late_growth_bytes is not None:
         table.add_row("growth, second half", _mb(memory.late_growth_bytes))
     for part, size in memory.budget.items():
-        table.add_row(f"may hold: {part}", _mb(size))
+        table.add_row(f"may hold: {part}", "not told" if size is None else _mb(size))
     if memory.budget_bytes is not None:
         verdict = "within" if memory.within_budget else "OVER"
         table.add_row("may hold in all", f"{_mb(memory.budget_bytes)}, {verdict}", style="bold")

@@ -161,14 +161,16 @@ class MemorySample:
 
 @dataclass(frozen=True)
 class Memory:
-    """The server's resident set over the run, against what it says it may hold. None = not exported."""
+    """The server's resident set over the run, against what it says it may hold. No samples = not exported."""
 
     samples: tuple[MemorySample, ...]
-    budget: Mapping[str, int] = field(default_factory=dict)  # part -> bytes
+    budget: Mapping[str, int | None] = field(default_factory=dict)  # part -> bytes; None = the server does not tell
 
     @property
     def budget_bytes(self) -> int | None:
-        return sum(self.budget.values()) if self.budget else None
+        """None unless every part is told: a sum without one of them would call a good server bad."""
+        told = [size for size in self.budget.values() if size is not None]
+        return sum(told) if told and len(told) == len(self.budget) else None
 
     @property
     def peak_bytes(self) -> int | None:

@@ -47,6 +47,7 @@ class Session:
     info: Mapping[str, object]
     seed: int
     _prefix: str = field(default_factory=lambda: f"bench-{secrets.token_hex(4)}")
+    _begun: int = 0  # uploads that may have reached the server, whatever the client heard of them
     _uploads: list[tuple[Family, int, float]] = field(default_factory=list)  # family, bytes, seconds
 
     def __post_init__(self) -> None:
@@ -85,12 +86,14 @@ class Session:
         try:
             yield
         finally:
-            for name in self.names[: len(self._uploads)]:
+            for name in self.names[: self._begun]:
                 with suppress(BenchError):
                     await asyncio.shield(self.target.delete(name))
 
     async def upload(self, index: int) -> None:
+        """The adapter of that number; numbers are uploaded in order."""
         files = self.files(index)
+        self._begun = index + 1
         took = await self.target.upload(self.names[index], files)
         self._uploads.append((self._family(index), sum(map(len, files.values())), took))
 
@@ -120,11 +123,11 @@ class Session:
         resident = (await self.target.scrape()).resident_bytes
         return [] if resident is None else [MemorySample(adapters, resident)]
 
-    async def budget(self) -> dict[str, int]:
-        """Bytes that each part of the server may hold, as far as it tells."""
+    async def budget(self) -> dict[str, int | None]:
+        """Bytes that each part of the server may hold; None for a part of which it does not tell."""
         told = {part: self.info.get(name) for part, name in _BUDGET.items()}
         slots = (await self.target.scrape()).adapter_slots_bytes
-        return {part: size for part, size in {**told, "adapter slots": slots}.items() if isinstance(size, int)}
+        return {part: size if isinstance(size, int) else None for part, size in {**told, "adapter slots": slots}.items()}
 
     @cached_property
     def dimensions(self) -> Dimensions:

@@ -1,6 +1,6 @@
 """The server against PEFT's generate(adapter_names=...): same base, same LoRA adapters, same prompts, turn and turn about.
 
-Owns the PEFT side, in this process and in fp32, with every thread torch would take; the server idles while it runs. PEFT
+Owns the PEFT side: in this process, in fp32, with as many threads as the server says it has, which idles meanwhile. PEFT
 and transformers are imported here and only when asked for.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,15 +47,14 @@ class PeftModel:
         import torch
         from transformers import AutoModelForCausalLM, GenerationConfig
 
-        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
-        with tempfile.TemporaryDirectory(prefix="adapterd-bench-") as scratch:
-            wrapped: Any = None
-            for name, files in adapters.items():
-                directory = _written(Path(scratch) / name, files)
-                if wrapped is None:
-                    wrapped = peft.PeftModel.from_pretrained(model, directory, adapter_name=name)
-                else:
-                    wrapped.load_adapter(directory, adapter_name=name)
+        with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="adapterd-bench-") as scratch:
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what transformers is about to rename
+            model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
+            directories = {name: _written(Path(scratch) / name, files) for name, files in adapters.items()}
+            first = next(iter(directories))
+            wrapped: Any = peft.PeftModel.from_pretrained(model, directories.pop(first), adapter_name=first)
+            for name, directory in directories.items():
+                wrapped.load_adapter(directory, adapter_name=name)
         model.generation_config = cast("Any", GenerationConfig)(do_sample=False, eos_token_id=None, pad_token_id=0)
         return cls(wrapped.eval())
 
@@ -88,6 +88,7 @@ async def versus_peft(session: Session) -> Findings:
     """Rounds of one batch of `concurrency` rows on the server (A) and in PEFT (B)."""
     async with session.adapters() as names:
         files = {name: session.files(index) for index, name in enumerate(names)}
+        _take_threads(session.info.get("threads"))
         model = PeftModel.load(session.base_directory, files)
         await session.warm_up(names)
         duel = _Duel(session, names, model)
@@ -96,6 +97,14 @@ async def versus_peft(session: Session) -> Findings:
         label = f"PEFT generate(adapter_names), {session.options.concurrency} rows"
         comparison = Comparison("adapterd", label, rounds, same_tokens=duel.same_tokens)
         return Findings(tuple(duel.loads), comparison)
+
+
+def _take_threads(count: object) -> None:
+    """torch's own choice where the server does not tell."""
+    import torch
+
+    if isinstance(count, int) and count > 0:
+        torch.set_num_threads(count)
 
 
 class _Duel:

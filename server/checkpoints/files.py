@@ -33,7 +33,8 @@ IGNORED: Final = frozenset({"README.md", "LICENSE", ".gitattributes"})
 PICKLES: Final = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 CONVERSION: Final = (
     'python -c "import sys, torch, safetensors.torch as st; '
-    "st.save_file({k: v.contiguous() for k, v in torch.load(sys.argv[1], map_location='cpu', weights_only=True).items()}, "
+    "st.save_file({k: v.clone().contiguous() for k, v in "
+    "torch.load(sys.argv[1], map_location='cpu', weights_only=True).items()}, "
     'sys.argv[2])" '
 )
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.logging import disable_progress_bar
 
 from adapters_store.digest import Digest
 
@@ -54,6 +55,7 @@ def load_base(
 
     Raises: UnsupportedModelError when it is no decoder or its attention is not understood.
     """
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         model = AutoModelForCausalLM.from_pretrained(
             directory,

@@ -19,8 +19,10 @@ HIDDEN, LAYERS, WIDE = 16, 2, 32
 INFO: dict[str, Any] = {
     "model_id": "tiny",
     "model_type": "llama",
-    "base_bytes": 600,
-    "kv_cache_bytes": 300,
+    "runtime_bytes": 100,
+    "base_bytes": 400,
+    "kv_cache_bytes": 200,
+    "host_cache_limit_bytes": 60,
     "base": {
         "hidden_size": HIDDEN,
         "num_layers": LAYERS,
@@ -92,6 +94,8 @@ class FakeServer:
         return PlainTextResponse(
             f"""# TYPE process_resident_memory_bytes gauge
 process_resident_memory_bytes {800 + len(self.adapters)}
+# TYPE adapterd_adapter_slots_bytes gauge
+adapterd_adapter_slots_bytes 50
 # TYPE adapterd_step_rows histogram
 adapterd_step_rows_bucket{{le="1.0"}} {steps}
 adapterd_step_rows_bucket{{le="+Inf"}} {steps}

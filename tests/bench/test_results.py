@@ -61,6 +61,7 @@ def test_memory_is_judged_by_its_peak() -> None:
     samples = tuple(MemorySample(index, size) for index, size in enumerate((100, 900, 950, 940)))
     assert Memory(samples, {"base": 500, "KV cache": 450}).within_budget is True
     assert Memory(samples, {"base": 500, "KV cache": 449}).within_budget is False
+    assert Memory(samples, {"base": 5000, "KV cache": None}).within_budget is None
     assert Memory(samples).within_budget is None
     assert Memory(samples).late_growth_bytes == -10
     assert Memory(()).peak_bytes is None

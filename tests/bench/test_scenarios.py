@@ -80,6 +80,22 @@ async def test_a_failing_warm_up_ends_the_run_and_the_adapters_are_deleted() -> 
     assert sorted(server.deleted) == sorted(server.adapters)
 
 
+async def test_an_upload_that_fails_on_the_way_is_deleted_too() -> None:
+    server = FakeServer()
+
+    class CutUploads(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            if request.url.path == "/adapters" and len(server.adapters) == 1:
+                await server.transport.handle_async_request(request)
+                raise httpx.ReadError("connection reset")
+            return await server.transport.handle_async_request(request)
+
+    with pytest.raises(BenchError, match="connection reset"):
+        await bench(_options(), CutUploads())
+    assert len(server.adapters) == 2
+    assert sorted(server.deleted) == sorted(server.adapters)
+
+
 async def test_base_and_adapters_take_turns_with_the_same_prompts() -> None:
     server = FakeServer()
     report = await bench(_options(scenario="base-vs-adapters", warmup=False, concurrency=1), server.transport)
@@ -107,10 +123,20 @@ async def test_many_adapters_are_uploaded_and_used_batch_by_batch() -> None:
     assert report.memory is not None
     assert [sample.adapters for sample in report.memory.samples] == [0, 3, 6, 7]
     assert [sample.resident_bytes for sample in report.memory.samples] == [800, 803, 806, 807]
-    assert report.memory.budget == {"base": 600, "KV cache": 300}
+    assert report.memory.budget_bytes == 810
     assert report.memory.within_budget is True
     assert len(server.deleted) == 7
     assert "within" in _printed(report)
+
+
+async def test_memory_is_not_judged_by_half_a_budget() -> None:
+    server = FakeServer()
+    server.info.pop("base_bytes")
+    report = await bench(_options(), server.transport)
+    assert report.memory is not None
+    assert report.memory.budget["base"] is None
+    assert report.memory.within_budget is None
+    assert "not told" in _printed(report)
 
 
 async def test_the_same_seed_sends_the_same_requests() -> None:

@@ -15,9 +15,6 @@ from server.bench.workload import Order, Prompt
 
 from .fake import HIDDEN, INFO, LAYERS, WIDE, FakeServer
 
-# PEFT calls what transformers is about to rename.
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -64,7 +61,7 @@ def _louder(files: Files) -> Files:
 
 
 async def test_rounds_alternate_and_both_sides_do_the_same_work(base: Path) -> None:
-    server = FakeServer()
+    server = FakeServer(info={**INFO, "threads": torch.get_num_threads()})
     options = BenchOptions(
         url="http://server",
         versus_peft=True,

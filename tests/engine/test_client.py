@@ -173,6 +173,26 @@ async def test_several_tokens_in_one_event_and_events_after_the_end(bench: Bench
     assert generation.summary.answer == "hello world"
 
 
+async def test_prompt_in_chunks_before_the_first_token(bench: Bench) -> None:
+    bench.engine.silent = True
+    generation = bench.generate("a")
+    prompt = tuple(Token(id, None if id == 5 else -1.0) for id in (5, 6, 7))
+    bench.mailbox.publish([Event("a", prompt=prompt[:2])])
+    bench.mailbox.publish([Event("a", prompt=prompt[2:])])
+    bench.mailbox.publish([Event("a", (Token(8, -1.0),), FinishReason.LENGTH, cached_tokens=2)])
+    assert len(await collect(generation)) == 1
+    assert (generation.summary.prefill, generation.summary.cached_tokens) == (prompt, 2)
+
+
+async def test_end_without_a_token_is_an_error(bench: Bench) -> None:
+    bench.engine.silent = True
+    generation = bench.generate("a")
+    bench.mailbox.publish([Event("a", finish=FinishReason.LENGTH)])
+    with pytest.raises(GenerationError, match="without a last token"):
+        await collect(generation)
+    assert bench.outcomes() == {"error": 1}
+
+
 async def test_events_published_before_anybody_listens_are_kept() -> None:
     mailbox, seen = Mailbox(), list[str]()
     mailbox.publish([Event("a"), Event("b")])

@@ -7,8 +7,8 @@
 //   partial per chunk         m, l, sum p v      m, l, sum p v        m, l, sum p v
 //   merged left to right   --------------------------------------------------------------> out
 //
-// A chunk's partial depends on nothing but the query and its positions, and partials are merged in order of position. So
-// a query's bits are the same alone, in company, in a prefill of any length, and however chunks are shared out.
+// A chunk's partial depends on nothing but the query and its positions, and partials are merged in order of position.
+// So a query's bits are the same alone, in company, in a prefill of any length, and however chunks are shared out.
 // A query reads only the positions it sees: NaN at any other position cannot reach it.
 #include <vector>
 
@@ -100,7 +100,7 @@ void stage_queries(const Call &c, const Task &t, Work &w) {
     }
 }
 
-struct Located {  // where the K and V rows of one chunk lie; positions outside `seen` repeat a seen one
+struct Located {  // where the K and V rows of one chunk lie; positions outside the span seen repeat a seen one
     const float *k[CHUNK], *v[CHUNK];
 };
 
@@ -139,8 +139,8 @@ void copy_value(const Call &c, const float *value, float *to) {
     std::memcpy(to + d * CHUNK, value + d, (c.dim - d) * sizeof(float));
 }
 
-// Copies one chunk of K (transposed) and V into panels while the next one comes from memory. What is copied for positions
-// outside `seen` is never used.
+// Copies one chunk of K (transposed) and V into panels while the next one comes from memory. What is copied for
+// positions outside `seen` is never used.
 void stage_chunk(const Call &c, const Located &rows, const Located *next, Span seen, Work &w) {
     for (index_t i = 0; i < CHUNK; i += LANES) {
         if (next)
@@ -190,7 +190,8 @@ void weigh(const Call &c, Work &w, index_t from, index_t to, Span at, float *acc
 void weigh_tile(const Call &c, Work &w, index_t from, index_t to, const Span *seen, float *acc) {
     Span common{seen[to - 1].from, seen[from].to};
     bool together = common.from < common.to;
-    for (index_t r = from; r < to; r++) weigh(c, w, r, r + 1, {seen[r].from, together ? common.from : seen[r].to}, acc, false);
+    for (index_t r = from; r < to; r++)
+        weigh(c, w, r, r + 1, {seen[r].from, together ? common.from : seen[r].to}, acc, false);
     if (!together) return;
     weigh(c, w, from, to, common, acc, true);
     for (index_t r = from; r < to; r++)
@@ -289,7 +290,8 @@ void gather_pieces(const Call &c, const Task &t) {
     index_t rows = rows_of(c, t);
     Work w(c, rows);
     Partial total = empty(w.running, rows);
-    for (index_t i = 0; i < t.chunks; i++) merge(c, rows, total, Partial(t.partials + i * Partial::size(c, rows), rows));
+    for (index_t i = 0; i < t.chunks; i++)
+        merge(c, rows, total, Partial(t.partials + i * Partial::size(c, rows), rows));
     finish(c, t, total);
 }
 
@@ -327,7 +329,8 @@ void run_shared(const Call &c, std::vector<Task> &tasks) {
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(dynamic)
-        for (index_t i = 0; i < static_cast<index_t>(pieces.size()); i++) run_piece(c, tasks[pieces[i].first], pieces[i].second);
+        for (index_t i = 0; i < static_cast<index_t>(pieces.size()); i++)
+            run_piece(c, tasks[pieces[i].first], pieces[i].second);
 #pragma omp for schedule(static)
         for (index_t i = 0; i < static_cast<index_t>(tasks.size()); i++) gather_pieces(c, tasks[i]);
     }
@@ -363,8 +366,8 @@ int broken_rule(const Call &c) {
 }  // namespace
 }  // namespace adapterd
 
-// Returns 0; 1: cu is not ascending within the tokens; 2: a context is shorter than its queries or longer than its table;
-// 3: a page is out of range. Nothing is written then.
+// Returns 0; 1: cu is not ascending within the tokens; 2: a context is shorter than its queries or longer than its
+// table; 3: a page is out of range. Nothing is written then.
 ADAPTERD_EXPORT int adapterd_attention(const float *q, std::int64_t q_token, std::int64_t q_head, const float *k,
                                        const float *v, std::int64_t blocks, std::int64_t block_size,
                                        std::int64_t kv_heads, std::int64_t dim, const std::int32_t *tables,

@@ -1,5 +1,5 @@
 // y = x W^T + b over a weight packed in panels of 32 columns, stored as fp32 or bf16, multiplied in fp32.
-// Owns the blocking and the packed layout's arithmetic; the layout itself is made in Python (`linear.py`).
+// Owns the blocking and the packed layout's arithmetic; the layout itself is made in Python (`library.py`).
 //
 //   weight [N, K]  ->  panels [ceil(N / 32)][K][32], zero padded; a panel is read front to back, once per block of rows
 //

@@ -143,6 +143,12 @@ void run(Call<T> c, const std::vector<Group> &groups, index_t n) {
     }
 }
 
+template <typename T>
+Call<T> pools(const float *x, float *y, const void *a, const void *b, const std::int64_t *index, index_t in,
+              index_t out, index_t rank) {
+    return {x, y, static_cast<const T *>(a), static_cast<const T *>(b), index, in, out, rank, nullptr};
+}
+
 bool in_range(const std::int64_t *values, index_t n, index_t limit) {
     for (index_t i = 0; i < n; i++)
         if (values[i] < 0 || values[i] >= limit) return false;
@@ -162,10 +168,9 @@ ADAPTERD_EXPORT int adapterd_lora(int bf16, const float *x, float *y, const void
     if (!in_range(index, n, tokens)) return 1;
     if (!in_range(slot, n, slots)) return 2;
     std::vector<Group> groups = groups_of(slot, n);
-    using bits = const std::uint16_t *;
     if (bf16)
-        run(Call<std::uint16_t>{x, y, static_cast<bits>(a), static_cast<bits>(b), index, in, out, rank, nullptr}, groups, n);
+        run(pools<std::uint16_t>(x, y, a, b, index, in, out, rank), groups, n);
     else
-        run(Call<float>{x, y, static_cast<const float *>(a), static_cast<const float *>(b), index, in, out, rank, nullptr}, groups, n);
+        run(pools<float>(x, y, a, b, index, in, out, rank), groups, n);
     return 0;
 }

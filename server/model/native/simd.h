@@ -168,8 +168,8 @@ ADAPTERD_INLINE void transpose_from(vf (&r)[LANES], std::integer_sequence<int, I
     if constexpr (2 * STEP < LANES) transpose_from<2 * STEP>(r, all);
 }
 
-// to[j * stride + i] = rows[i][j] for a square of LANES by LANES. Indices are template arguments, not loop variables, so
-// that the square stays in registers.
+// to[j * stride + i] = rows[i][at + j] for a square of LANES by LANES. Indices are template arguments, not loop
+// variables, so that the square stays in registers.
 template <int... I>
 ADAPTERD_INLINE void transpose(const float *const *rows, index_t at, float *to, index_t stride,
                                std::integer_sequence<int, I...> all) {
@@ -244,8 +244,8 @@ ADAPTERD_INLINE void tile_of(int rows, const float *x, index_t ldx, W w, index_t
 
 // Any number of rows, cut into tiles of nearly equal height. Not inlined: it holds a copy of the tile per height.
 template <int V, typename W>
-__attribute__((noinline)) void product(index_t rows, const float *x, index_t ldx, W w, index_t depth, float *out, index_t ldo,
-                    bool resume = false) {
+__attribute__((noinline)) void product(index_t rows, const float *x, index_t ldx, W w, index_t depth, float *out,
+                                       index_t ldo, bool resume = false) {
     index_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
     for (index_t t = 0; t < tiles; t++) {
         index_t from = rows * t / tiles, to = rows * (t + 1) / tiles;
