@@ -81,7 +81,7 @@ def train(model: nn.Module, parameters: Iterable[nn.Parameter], tokenizer: Any, 
     started, recent = time.perf_counter(), 0.0
     for step, (ids, mask, labels) in zip(range(1, plan.steps + 1), batches(tokenizer, pairs, plan), strict=False):
         with torch.autocast("cpu", torch.bfloat16):
-            loss = _loss(model, ids, mask, labels)
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
@@ -91,14 +91,6 @@ def train(model: nn.Module, parameters: Iterable[nn.Parameter], tokenizer: Any, 
         if step % 25 == 0:
             print(f"  step {step:4d}  loss {recent / 25:.3f}  {time.perf_counter() - started:.0f} s", flush=True)
             recent = 0.0
-
-
-def _loss(model: nn.Module, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of the answers. The vocabulary's logits are computed from the first answer on, not for the prompts."""
-    prompt = int((labels != IGNORED).int().argmax(dim=1).min())
-    kept = ids.shape[1] - prompt + 1
-    logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=kept).logits
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, prompt:].flatten())
 
 
 def _warm_then_cosine(step: int, steps: int) -> float:
