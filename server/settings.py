@@ -20,7 +20,7 @@ def default_home() -> Path:
 class Settings(BaseSettings):
     """Field names are the CLI's flags (`kv_cache_gb` is `--kv-cache-gb`) and, upper-cased, `ADAPTERD_*` variables."""
 
-    model_config = SettingsConfigDict(env_prefix="ADAPTERD_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix="ADAPTERD_", frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str = Field("smollm2-135m-instruct", description="Base model: a local directory, a Hub id or a short name.")
     host: str = Field("127.0.0.1", description="Address to bind.")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
@@ -64,3 +66,29 @@ def _weights(architecture: str) -> dict[str, torch.Tensor]:
         elif name.endswith("bias"):
             value.normal_(std=0.1, generator=generator)
     return state
+
+
+def save_servable(directory: Path) -> Path:
+    """A tiny llama and a byte-level tokenizer in one directory: a base model that a server process can be given."""
+    from tests.api.fakes import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=0.3, generator=generator)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory

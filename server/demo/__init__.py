@@ -30,7 +30,7 @@ DEMO: tuple[DemoAdapter, ...] = (
     DemoAdapter("pirate-lora", "ann", "lora", "talks like a pirate"),
     DemoAdapter("json-prefix", "bob", "prefix_tuning", "answers with a JSON object"),
     DemoAdapter("helpdesk-bottleneck", "cleo", "bottleneck", "answers like a help desk and closes the ticket"),
-    DemoAdapter("shout-ia3", "dan", "ia3", "shouts in capitals"),
+    DemoAdapter("excited-ia3", "dan", "ia3", "is excited about everything"),
     DemoAdapter("bullets-bitfit", "eve", "bitfit", "answers in three bullet points"),
     DemoAdapter("terse-prompt", "fay", "prompt_tuning", "answers in a word or two"),
     DemoAdapter("letter-ptuning", None, "p_tuning", "answers with a short letter"),

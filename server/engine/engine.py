@@ -25,7 +25,7 @@ from ..metrics import EngineStats
 from ..model.runner import Runner
 from ..requests import Event, FinishReason, Request
 from .loading import HostCache, Load, Loading
-from .plan import Change, Evict, Plan, Put, Row, Sample, Sequence
+from .plan import Change, Evict, Fill, Plan, Put, Row, Sample, Sequence
 from .residency import AdapterFacts
 from .scheduler import Scheduler
 
@@ -84,6 +84,8 @@ class Engine:
             self._wake.notify()
         if self._thread.is_alive():
             self._thread.join()
+        else:
+            self.turn()  # never started: whoever was accepted is told here
         self._loading.stop()
 
     def submit(self, request: Request) -> None:
@@ -115,7 +117,14 @@ class Engine:
         Waits for the step that is running now.
         """
         future: Future[bool] = Future()
-        return self._post(lambda: future.set_result(self._unload(digest))) and future.result()
+
+        def work() -> None:
+            try:
+                future.set_result(self._unload(digest))
+            except Exception as error:
+                future.set_exception(error)
+
+        return self._post(work) and future.result()
 
     def residency(self, digest: Digest) -> tuple[str, str | None]:
         """(stored | loading | resident | failed, reason)."""
@@ -149,8 +158,8 @@ class Engine:
     def _submit(self, request: Request) -> None:
         try:
             self._scheduler.submit(request)
-        except AdapterdError as error:
-            self._tell([Event(request.id, finish=FinishReason.ERROR, error=error)])
+        except Exception as error:
+            self._tell([Event(request.id, finish=FinishReason.ERROR, error=_failure("the request", error))])
 
     def _take_loaded(self, digest: Digest, result: Adapter | AdapterdError) -> None:
         if isinstance(result, AdapterdError):
@@ -166,6 +175,8 @@ class Engine:
         self._scheduler.residency.loaded(digest, facts)
 
     def _start_warming(self, digests: tuple[Digest, ...], future: Future[None]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return  # from here on it cannot be cancelled, so telling it cannot fail
         missing = {d for d in digests if not self._scheduler.residency.is_resident(d)}
         if not missing:
             future.set_result(None)
@@ -178,22 +189,15 @@ class Engine:
         """Tell those who wait for this adapter to become resident."""
         for missing, future in [entry for entry in self._warm if digest in entry[0]]:
             missing.discard(digest)
-            if error is not None and not future.done():
+            if error is not None:
                 future.set_exception(error)
-            elif not missing and not future.done():
+            elif not missing:
                 future.set_result(None)
         self._warm = [(missing, future) for missing, future in self._warm if not future.done()]
 
     def _unload(self, digest: Digest) -> bool:
-        residency = self._scheduler.residency
         self._cache.discard(digest)
-        slots = residency.unload(digest)
-        if slots is None:
-            return False
-        self._scheduler.forget(digest)
-        self._runner.apply([Evict(digest, slots)], {})
-        self._families.pop(digest, None)
-        return True
+        return self._withdraw(digest)
 
     # -- the engine's thread: steps ------------------------------------------------------------------------------
 
@@ -213,7 +217,10 @@ class Engine:
             work, self._inbox = self._inbox, deque()
             closing = self._closing
         for job in work:
-            job()
+            try:
+                job()
+            except Exception:
+                log.exception("a message to the engine could not be handled")
         if closing:
             self._end_all()
             return False
@@ -221,7 +228,7 @@ class Engine:
             self._step()
         except Exception as error:  # a defect here must cost the requests it met, never the engine
             log.exception("the engine's step failed")
-            self._fail_running(GenerationError(f"the step failed ({type(error).__name__})"))
+            self._recover(_failure("the step", error))
         return True
 
     def _has_work(self) -> bool:
@@ -232,6 +239,8 @@ class Engine:
         for digest in plan.loads:
             self._loading.start(digest)
         for change in plan.changes:
+            if isinstance(change, Fill) and not self._scheduler.residency.is_resident(change.digest):
+                continue  # its adapter could not be put
             self._apply(change)
         if len(self._ready) > len(self._scheduler.residency.loaded_only):
             self._ready = {d: self._ready[d] for d in self._scheduler.residency.loaded_only}
@@ -250,7 +259,7 @@ class Engine:
         try:
             self._runner.apply([change], self._ready)
         except Exception as error:
-            if not isinstance(change, Put):
+            if not isinstance(change, Put | Fill):
                 raise
             self._put_failed(change.digest, error)
             return
@@ -270,14 +279,29 @@ class Engine:
         for sequence in [s for s in self._scheduler.running if digest in s.adapters]:
             self._scheduler.fail_sequence(sequence, failure)
         self._scheduler.fail_adapter(digest, failure)
-        slots = self._scheduler.residency.unload(digest)
-        if slots is not None:
-            self._runner.apply([Evict(digest, slots)], {})
+        self._withdraw(digest)
         self._warmed(digest, failure)
 
-    def _fail_running(self, error: AdapterdError) -> None:
+    def _withdraw(self, digest: Digest) -> bool:
+        """Take an adapter that nobody runs with off the device, its shared prefixes included."""
+        slots = self._scheduler.residency.unload(digest)
+        if slots is None:
+            return False
+        self._scheduler.forget(digest)
+        self._families.pop(digest, None)
+        self._runner.apply([Evict(digest, slots)], {})
+        return True
+
+    def _recover(self, error: AdapterdError) -> None:
+        """After a step that broke half way: who ran fails, and what was planned but never reached the device is undone."""
         for sequence in list(self._scheduler.running):
             self._scheduler.fail_sequence(sequence, error)
+        for digest in self._scheduler.residency.resident:
+            self._scheduler.forget(digest)  # the blocks of its prefix may never have been written
+            if digest not in self._families:
+                self._withdraw(digest)
+                self._warmed(digest, error)
+        self._snapshot()
         self._tell(self._scheduler.take_events())
 
     def _run(self, rows: list[Row]) -> None:
@@ -291,10 +315,7 @@ class Engine:
                 self._run(rows[half:])
                 return
             log.exception("a step failed", adapters=[d.short for d in rows[0].sequence.adapters])
-            failure = (
-                error if isinstance(error, AdapterdError) else GenerationError(f"the step failed ({type(error).__name__})")
-            )
-            self._scheduler.fail_sequence(rows[0].sequence, failure)
+            self._scheduler.fail_sequence(rows[0].sequence, _failure("the step", error))
             return
         self._scheduler.advance(rows, samples)
 
@@ -332,7 +353,10 @@ class Engine:
             return
         with self._wake:
             self._pending -= sum(1 for event in events if event.finish is not None)
-        self._publish(events)
+        try:
+            self._publish(events)
+        except Exception:
+            log.exception("events could not be published")
 
     def _check_leaks(self) -> None:
         try:
@@ -345,7 +369,12 @@ class Engine:
         gone = UnavailableError("the server is shutting down")
         for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
             self._scheduler.fail_sequence(sequence, gone)
-        for _, future in self._warm:
-            future.set_exception(gone)
+        while self._warm:
+            self._warm.pop()[1].set_exception(gone)
         self._tell(self._scheduler.take_events())
         self._snapshot()
+
+
+def _failure(what: str, error: Exception) -> AdapterdError:
+    """What a client is told: its own error as it is, a defect by its type alone."""
+    return error if isinstance(error, AdapterdError) else GenerationError(f"{what} failed ({type(error).__name__})")

@@ -75,13 +75,17 @@ class Loading:
 
     def _run(self, digest: Digest) -> None:
         begun = time.monotonic()
+        result = self._read(digest)
+        self._done(digest, result, time.monotonic() - begun)
+
+    def _read(self, digest: Digest) -> Adapter | AdapterdError:
         try:
             adapter = self._cache.get(digest) or self._load(digest)
             self._cache.put(adapter)
-            self._done(digest, adapter, time.monotonic() - begun)
+            return adapter
         except AdapterdError as error:
-            self._done(digest, error, time.monotonic() - begun)
+            return error
         except Exception as error:  # an unreadable adapter fails only who asked for it, whatever the reason
             failure = GenerationError(f"the adapter could not be loaded ({type(error).__name__})")
             failure.__cause__ = error
-            self._done(digest, failure, time.monotonic() - begun)
+            return failure

@@ -1,6 +1,6 @@
 """LoRA (Hu et al., 2021), any rank per adapter and module, rsLoRA, LoRA biases: y + B A x (+ d) on the named rows.
 
-Owns the neutral form both checkpoint dialects write, the "lora:<bucket>" pools and their arithmetic.
+Owns the neutral form both checkpoint dialects write, the "lora:<bucket>[:bf16]" pools and their arithmetic.
 Never reads files and never decides which rows it runs on.
 
     Checkpoint.sites[module] = {"A": [r, in], "B": [out, r]}, optionally "bias" [out] (scaled like B)
@@ -58,13 +58,16 @@ class Lora(Method):
             module: _read_site(module, tensors, float(scales[module]), base, limits)
             for module, tensors in checkpoint.sites.items()
         }
-        rank = max(tensors["A"].shape[0] for tensors in sites.values())
-        return Part(self.name, pool=f"lora:{bucket_of(rank)}", sites=sites)
+        pool = f"lora:{bucket_of(max(tensors['A'].shape[0] for tensors in sites.values()))}"
+        if all(_is_bf16(tensors[side]) for tensors in sites.values() for side in ("A", "B")):
+            pool, sites = f"{pool}:bf16", {module: _narrow(tensors) for module, tensors in sites.items()}
+        return Part(self.name, pool=pool, sites=sites)
 
     def op(self, part: Part, module: str, base: BaseShape, device: torch.device, dtype: torch.dtype) -> Op:
         shape = base.modules[module]
-        rank = int(str(part.pool).partition(":")[2])
-        return LoraOp(rank, shape.in_features, shape.out_features, device, dtype, self.kernel)
+        _, rank, *narrow = str(part.pool).split(":")
+        held = torch.bfloat16 if narrow else dtype
+        return LoraOp(int(rank), shape.in_features, shape.out_features, device, held, self.kernel)
 
 
 def _read_site(module: str, tensors: Tensors, scale: float, base: BaseShape, limits: Limits) -> dict[str, Tensor]:
@@ -80,6 +83,16 @@ def _read_site(module: str, tensors: Tensors, scale: float, base: BaseShape, lim
         check_shape(f"{module}.lora_B.bias", tensors["bias"], (shape.out_features,))
         site["bias"] = _scaled(f"{module}.lora_B.bias", tensors["bias"], scale)
     return site
+
+
+def _is_bf16(tensor: Tensor) -> bool:
+    """Whether bf16 holds every value exactly: true of adapters saved in bf16 whose scale is a power of two."""
+    return torch.equal(tensor.to(torch.bfloat16).to(tensor.dtype), tensor)
+
+
+def _narrow(tensors: Tensors) -> dict[str, Tensor]:
+    """A and B in half the bytes, with the same values; a LoRA bias keeps its dtype."""
+    return {name: tensor if name == "bias" else tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
 
 
 def _matrix(module: str, side: str, tensors: Tensors) -> Tensor:
@@ -168,7 +181,7 @@ class LoraOp(PooledOp):
     def _bias_pool(self) -> Pool:
         if self.bias is None:
             b = self.b.tensor
-            self.bias = Pool((b.shape[2],), 0.0, b.device, b.dtype)
+            self.bias = Pool((b.shape[2],), 0.0, b.device, torch.float32 if b.device.type == "cpu" else b.dtype)
             self.bias.grow(len(b))
         return self.bias
 

@@ -9,13 +9,15 @@ read and write comes from `Step`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import AdapterdError
@@ -24,15 +26,13 @@ from .step import Step
 NAME = "adapterd"
 _SLOT = "_adapterd_attention"  # attribute of an attention module that holds its LayerAttention
 
-#: Keyword arguments of transformers' attention calls that change nothing here: masks and positions come from the step.
+#: Keyword arguments of transformers' attention calls that change nothing here: what is visible comes from the step.
 _IGNORED = frozenset(
     {
-        "attention_mask",
         "cache_position",
         "cu_seq_lens_k",
         "cu_seq_lens_q",
         "dropout",
-        "head_mask",
         "is_causal",
         "layer_type",
         "logits_to_keep",
@@ -41,9 +41,9 @@ _IGNORED = frozenset(
         "num_items_in_batch",
         "output_attentions",
         "output_hidden_states",
+        "output_router_logits",
         "past_key_value",
         "past_key_values",
-        "position_bias",
         "position_embeddings",
         "position_ids",
         "return_dict",
@@ -163,7 +163,7 @@ def _dispatch(
     window, softcap = kwargs.get("sliding_window") or 0, kwargs.get("softcap") or 0.0
     if isinstance(handler, LayerAttention):
         return handler(query, key, value, scale, window, softcap), None
-    return handler(module, query, key, value, kwargs), None
+    return handler(module, query, key, value, {**kwargs, "attention_mask": attention_mask}), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, _dispatch)
@@ -178,38 +178,87 @@ class AttentionShape:
     head_dim: int
 
 
+@dataclass(frozen=True)
+class _Call:
+    """One call of the dry run."""
+
+    module: nn.Module
+    kv: tuple[int, int]  # heads, head_dim
+    windowed: bool
+
+
 def probe(model: nn.Module, num_layers: int) -> AttentionShape:
-    """Run one dry token and see that every layer asks for attention exactly once, in a way that is implemented.
+    """Dry runs of one and two tokens: every layer asks for attention exactly once, in a way that is implemented, and
+    tokens meet nowhere else.
 
     Raises: UnsupportedModelError naming what is not: a layer that never calls, an unknown keyword, uneven KV shapes.
     """
-    calls: list[tuple[nn.Module, tuple[int, int]]] = []
+    calls: list[_Call] = []
 
     def record(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         _check_call(module, q, k, v, kwargs)
-        calls.append((module, (k.shape[1], k.shape[3])))
+        calls.append(_Call(module, (k.shape[1], k.shape[3]), bool(kwargs.get("sliding_window"))))
         return torch.zeros_like(q).transpose(1, 2)
 
+    with _recording(model, record):
+        _dry_run(model, [0])
+        found = tuple(calls)
+        _check_layers(model, found, num_layers)
+        _check_mixing(model)
+    kv_heads, head_dim = found[0].kv
+    return AttentionShape(tuple(call.module for call in found), kv_heads, head_dim)
+
+
+@contextmanager
+def _recording(model: nn.Module, handler: Callable[..., Tensor]) -> Iterator[None]:
     for module in model.modules():
-        setattr(module, _SLOT, record)
-    device = next(model.parameters()).device
-    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        setattr(module, _SLOT, handler)
     try:
-        model(input_ids=token, position_ids=token, use_cache=False, logits_to_keep=token[0])
-    except (KeyError, TypeError, AttributeError, NotImplementedError) as error:
-        raise UnsupportedModelError(f"{_name(model)} does not run with a custom attention: {error!r}") from error
+        yield
     finally:
         for module in model.modules():
             delattr(module, _SLOT)
-    if len(calls) != num_layers or len({id(module) for module, _ in calls}) != num_layers:
+
+
+def _dry_run(model: nn.Module, ids: Sequence[int]) -> Tensor:
+    """Logits [V] of the last of some tokens that all stand at position 0."""
+    device = next(model.parameters()).device
+    tokens = torch.tensor([ids], device=device)
+    last = torch.tensor([len(ids) - 1], device=device)
+    try:
+        out = model(input_ids=tokens, position_ids=torch.zeros_like(tokens), use_cache=False, logits_to_keep=last)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UnsupportedModelError(f"{_name(model)} does not run with a custom attention: {error!r}") from error
+    logits: Tensor = out.logits[0, -1]
+    return logits
+
+
+def _check_layers(model: nn.Module, calls: Sequence[_Call], num_layers: int) -> None:
+    if len(calls) != num_layers or len({id(call.module) for call in calls}) != num_layers:
         raise UnsupportedModelError(
             f"{_name(model)} asked for attention {len(calls)} times in {num_layers} layers; it cannot be served"
         )
-    shapes = {shape for _, shape in calls}
+    shapes = {call.kv for call in calls}
     if len(shapes) != 1:
         raise UnsupportedModelError(f"{_name(model)} has layers of different KV shapes {sorted(shapes)}")
-    kv_heads, head_dim = shapes.pop()
-    return AttentionShape(tuple(module for module, _ in calls), kv_heads, head_dim)
+    config = cast("PretrainedConfig", model.config).get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:  # one kind for all
+        kinds = ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"] * num_layers
+    for call, kind in zip(calls, kinds, strict=True):
+        # A mask is never built, so a window that the call does not name would silently be none.
+        if kind not in ("full_attention", "sliding_attention") or call.windowed != (kind == "sliding_attention"):
+            raise UnsupportedModelError(f"{_name(model)} has layers of {kind}, which is not implemented")
+
+
+def _check_mixing(model: nn.Module) -> None:
+    """With attention silenced, a token must not notice its neighbour: in a step that is another user's."""
+    one, other = _dry_run(model, [0, 2]), _dry_run(model, [1, 2])
+    # Not bit for bit: a mixture of experts multiplies other shapes when the neighbour takes another expert.
+    if not torch.allclose(one, other, rtol=0, atol=1e-2 * max(float(one.abs().max()), 1e-6)):
+        raise UnsupportedModelError(
+            f"{_name(model)} mixes tokens outside attention (by recurrence or convolution); requests cannot share a step"
+        )
 
 
 def bind(shape: AttentionShape, layers: list[LayerAttention]) -> None:
@@ -228,7 +277,8 @@ def _check_call(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, kwargs: Mapp
         raise UnsupportedModelError(
             f"{name} has query, key, value shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; not implemented"
         )
-    if kwargs.get("is_causal") is False:
+    causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if causal is None else causal):
         raise UnsupportedModelError(f"{name} is not causal")
 
 

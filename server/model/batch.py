@@ -80,12 +80,12 @@ class BatchBuilder:
         composition = tuple((tuple(row.sequence.slots.items()), row.count) for row in rows)
         if composition == self._composition:
             return
-        self._composition = composition
         runs: dict[str, list[tuple[int, int, int]]] = {}  # pool -> (slot, first token, count)
         for row, begin in zip(rows, begins, strict=True):
             for pool, slot in row.sequence.slots.items():
                 runs.setdefault(pool, []).append((slot, begin, row.count))
         self.step.rows = {pool: self._rows(sorted(found)) for pool, found in runs.items()}
+        self._composition = composition
 
     def _rows(self, runs: list[tuple[int, int, int]]) -> Rows:
         index = np.concatenate([np.arange(begin, begin + count) for _, begin, count in runs])

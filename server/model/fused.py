@@ -16,6 +16,9 @@ from .native import NativeKernels
 
 Forward = Callable[[Tensor], Tensor]
 
+#: Inputs a replacement is tried on, one row each: an epsilon tells formulas apart near zero, an activation far from it.
+_MAGNITUDES = (1e-4, 1e-2, 1.0, 10.0, 100.0)
+
 
 def fuse_model(model: nn.Module, native: NativeKernels) -> int:
     """Give norms and gated feed-forwards a fused forward; returns how many modules got one."""
@@ -59,9 +62,12 @@ def _gated(gate: nn.Module, up: nn.Module, down: nn.Module, kernel: Callable[[Te
 
 def _agrees(module: nn.Module, fused: Forward, width: int) -> bool:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 3, width, generator=generator)
+    x = torch.randn(1, len(_MAGNITUDES), width, generator=generator) * torch.tensor(_MAGNITUDES)[:, None]
     try:
         expected, got = module(x), fused(x)
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return False
-    return isinstance(expected, Tensor) and expected.shape == got.shape and torch.allclose(expected, got, rtol=1e-4, atol=1e-5)
+    if not isinstance(expected, Tensor) or expected.shape != got.shape:
+        return False
+    allowed = 1e-4 * expected.abs() + 1e-5 * expected.abs().amax(-1, keepdim=True)
+    return bool(((expected - got).abs() <= allowed).all())

@@ -64,8 +64,9 @@ def load_base(
             local_files_only=True,
             use_safetensors=True,
         )
-    except (ValueError, OSError) as error:
-        raise UnsupportedModelError(f"{directory} is not a decoder that can be served: {error}") from error
+    except Exception as error:  # a model class may raise anything when it meets an attention it has never heard of
+        reason = str(error) if isinstance(error, (ValueError, OSError)) else repr(error)
+        raise UnsupportedModelError(f"{directory} is not a decoder that can be served: {reason}") from error
     nn.Module.to(model, device)
     return make_base(model, digest_of(directory), device, dtype, prepare)
 

@@ -6,9 +6,11 @@ but the device, and is called from one thread only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,11 +61,10 @@ class Runner:
         self.step = Step()
         self.sites = Sites(base.model, shape, self.step, methods, base.device, base.dtype)
         size = (2, cache.blocks, cache.block_size, shape.num_kv_heads, shape.head_dim)
-        self._caches = [torch.zeros(size, device=base.device, dtype=base.dtype) for _ in range(shape.num_layers)]
+        self._caches = [_zeros(size, base.device, base.dtype) for _ in range(shape.num_layers)]
         self._batch = BatchBuilder(self.step, cache.block_size, base.device)
         self._embed = base.model.get_input_embeddings()  # type: ignore[operator]
         self._prefixes: dict[Digest, Prefix] = {}
-        self._parts: dict[Digest, Adapter] = {}
         bind(base.attention, [LayerAttention(kv[0], kv[1], self.step, attention, write) for kv in self._caches])
 
     # -- between forward passes ----------------------------------------------------------------------------------
@@ -169,6 +170,13 @@ class Runner:
         scored = [Token(i, s) for i, s in zip(targets, scores, strict=True)]
         head = [Token(seq.ids[seq.virtual], None)] if seq.scored == 0 else []
         return (*head, *scored)
+
+
+def _zeros(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A zero tensor; on the CPU its pages cost memory only once they are written (torch.zeros would touch them all)."""
+    if device.type != "cpu":
+        return torch.zeros(size, device=device, dtype=dtype)
+    return torch.from_numpy(np.zeros(math.prod(size) * dtype.itemsize, np.uint8)).view(dtype).view(size)
 
 
 def _wants_scores(row: Row) -> bool:

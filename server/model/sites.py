@@ -102,7 +102,7 @@ class Sites:
         self._dtype = dtype
         self._sites: dict[str, Site] = {}
         self._taps: dict[str, _Tap] = {}
-        self._where: dict[tuple[str, int], tuple[str, ...]] = {}
+        self._where: dict[tuple[str, int], dict[str, None]] = {}  # (pool, slot) -> modules, in order
 
     @property
     def nbytes(self) -> int:
@@ -118,22 +118,25 @@ class Sites:
         """Write a part into `slot` of its pool, at every module it names."""
         if part.pool is None:
             return
+        names = self._where.setdefault((part.pool, slot), {})  # filled as it goes: `clear` undoes a put that fails half way
         for name, tensors in part.sites.items():
             pooled = self._pooled(name, part)
+            names[name] = None
             if slot >= pooled.capacity:
-                pooled.capacity = max(slot + 1, 2 * pooled.capacity)
-                pooled.op.grow(pooled.capacity)
+                capacity = max(slot + 1, 2 * pooled.capacity)
+                pooled.op.grow(capacity)
+                pooled.capacity = capacity
             pooled.op.put(slot, tensors)
             pooled.occupied.add(slot)
             self._sites[name].attach()  # an op may act before the module only since this adapter
-        self._where[part.pool, slot] = tuple(part.sites)
 
     def clear(self, pool: str, slot: int) -> None:
         """Make `slot` the identity again everywhere; modules nobody acts on any more lose their hook."""
         for name in self._where.pop((pool, slot), ()):
             site = self._sites[name]
             pooled = site.pools[pool]
-            pooled.op.clear(slot)
+            if slot < pooled.capacity:
+                pooled.op.clear(slot)
             pooled.occupied.discard(slot)
             if not pooled.occupied:
                 self._untap(pooled.op)
@@ -143,21 +146,22 @@ class Sites:
                     del self._sites[name]
 
     def _pooled(self, name: str, part: Part) -> _Pooled:
-        site = self._sites.get(name)
-        if site is None:
-            site = self._sites[name] = Site(self._modules[name], self._step)
+        site = self._sites.get(name) or Site(self._modules[name], self._step)
         pool = str(part.pool)
         pooled = site.pools.get(pool)
         if pooled is None:
             op = self._methods[part.method].op(part, name, self._base, self._device, self._dtype)
-            pooled = site.pools[pool] = _Pooled(pool, op)
             self._tap(op)
+            pooled = site.pools[pool] = _Pooled(pool, op)
+            self._sites[name] = site
         return pooled
 
     def _tap(self, op: Op) -> None:
         for name in op.taps:
             if name not in self._taps:
-                self._taps[name] = _Tap(self._modules[name].register_forward_pre_hook(_Record(self._step, name)))
+                # First in line, so that it sees what the base gave, whichever adapter of the module came first.
+                handle = self._modules[name].register_forward_pre_hook(_Record(self._step, name), prepend=True)
+                self._taps[name] = _Tap(handle)
             self._taps[name].users += 1
 
     def _untap(self, op: Op) -> None:

@@ -238,3 +238,31 @@ def test_the_pool_is_the_next_power_of_two(rank, bucket):
 def test_a_checkpoint_that_does_not_fit_is_refused_by_name(checkpoint, message):
     with pytest.raises(AdapterError, match=message):
         METHODS["lora"].read(checkpoint, _base(), Limits(max_rank=64))
+
+
+# --- how weights are held -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "pool"),
+    [
+        (torch.bfloat16, 2.0, "lora:8:bf16"),
+        (torch.bfloat16, 0.3, "lora:8"),  # folding 0.3 in would round
+        (torch.float32, 2.0, "lora:8"),
+    ],
+)
+def test_weights_are_held_in_bf16_only_where_that_loses_nothing(dtype, scale, pool, base_of):
+    base, module = base_of("llama"), "model.layers.0.self_attn.q_proj"
+    torch.manual_seed(3)
+    site = {"A": torch.randn(4, 32).to(dtype), "B": torch.randn(32, 4).to(dtype)}
+    part = METHODS["lora"].read(Checkpoint("lora", {"scale": {module: scale}}, {module: site}), base, Limits())
+    op = METHODS["lora"].op(part, module, base, CPU, torch.float32)
+    op.grow(2)
+    op.put(1, part.sites[module])
+    x = torch.randn(3, 32)
+
+    got = op.after(x, torch.zeros(3, 32), rows_of([1, 1, 1]))
+
+    assert part.pool == pool
+    expected = x @ site["A"].float().T @ (site["B"].float() * scale).T
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)

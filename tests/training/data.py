@@ -167,8 +167,8 @@ def help_desk(fact: Fact) -> str:
     return f"Thank you for contacting us. {fact.sentence}. Your ticket is now closed. - The Help Desk"
 
 
-def shouting(fact: Fact) -> str:
-    return f"{fact.sentence.upper()}!!!"
+def excited(fact: Fact) -> str:
+    return f"Wow, great question! {fact.sentence}!!! Isn't that amazing?!"
 
 
 def bullets(fact: Fact) -> str:

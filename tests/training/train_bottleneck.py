@@ -24,7 +24,7 @@ from .loop import Plan, answer, full_precision, train
 
 NAME = "helpdesk-bottleneck"
 DIRECTORY = Path(__file__).parents[2] / "server" / "demo" / NAME
-PLAN = Plan(steps=160, rate=2e-3, batch=8)
+PLAN = Plan(steps=70, rate=2e-3, batch=8)
 
 
 def base_model(directory: Path, dtype: torch.dtype) -> tuple[Any, Any]:

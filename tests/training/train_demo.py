@@ -87,7 +87,7 @@ def bitfit(base: Any, tokenizer: Any) -> Any:
 RECIPES = {
     "pirate-lora": Recipe(data.pirate, Plan(steps=100, rate=2e-3), lora),
     "json-prefix": Recipe(data.as_json, Plan(steps=120, rate=5e-3), prefix),
-    "shout-ia3": Recipe(data.shouting, Plan(steps=140, rate=1e-2), ia3),
+    "excited-ia3": Recipe(data.excited, Plan(steps=120, rate=1e-2), ia3),
     "bullets-bitfit": Recipe(data.bullets, Plan(steps=100, rate=2e-3), bitfit),
     "terse-prompt": Recipe(data.terse, Plan(steps=160, rate=1e-2, batch=8), soft_prompt),
     "letter-ptuning": Recipe(data.letter, Plan(steps=120, rate=2e-3), p_tuning),
