@@ -125,6 +125,7 @@ class Trained:
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            torch.manual_seed(5)
             self.oracle = get_peft_model(copy.deepcopy(model), config)
             for name, parameter in self.oracle.named_parameters():
                 if parameter.requires_grad:

@@ -45,7 +45,7 @@ def test_a_bitfit_upload_gives_the_logits_of_the_base_with_those_biases(name, mo
     logits, alone = served.logits(ids, {"bitfit": [1, 0, 1]}), served.logits(ids, {})
 
     expected = oracle(ids, use_cache=False).logits.detach()
-    torch.testing.assert_close(logits[[0, 2]], expected[[0, 2]], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits[[0, 2]], expected[[0, 2]], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(logits[1], alone[1], atol=1e-6, rtol=0)
     assert (expected - alone).abs().max() > 0.05
 

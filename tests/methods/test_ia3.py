@@ -38,7 +38,7 @@ def test_a_saved_ia3_gives_pefts_logits(variant, trained, hooked, ids):
     logits, alone = served.logits(ids, {"ia3": [3, 0, 3]}), served.logits(ids, {})
 
     expected = adapter.logits(ids)
-    torch.testing.assert_close(logits[[0, 2]], expected[[0, 2]], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits[[0, 2]], expected[[0, 2]], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(logits[1], alone[1], atol=1e-6, rtol=0)
     assert (expected - alone).abs().max() > 0.02
 

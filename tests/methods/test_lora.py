@@ -48,7 +48,7 @@ def test_a_saved_lora_gives_pefts_logits(variant, trained, hooked, ids):
     logits, alone = served.logits(ids, slots), served.logits(ids, {})
 
     expected = adapter.logits(ids)
-    torch.testing.assert_close(logits[[0, 2]], expected[[0, 2]], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits[[0, 2]], expected[[0, 2]], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(logits[1], alone[1], atol=1e-6, rtol=0)
     assert (expected - alone).abs().max() > 0.05
 
@@ -64,7 +64,7 @@ def test_adapters_of_different_rank_and_family_share_a_batch(trained, hooked, id
 
     assert pools == ["lora:8", "lora:16", "lora:8"]
     for row, adapter in enumerate(loras):
-        torch.testing.assert_close(logits[row], adapter.logits(ids)[row], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits[row], adapter.logits(ids)[row], atol=1e-4, rtol=1e-4)
 
 
 # --- the op against the loop --------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_the_scale_is_folded_into_b_and_the_bias_in_fp32():
 @pytest.mark.parametrize(("rank", "bucket"), [(1, 8), (8, 8), (9, 16), (16, 16), (33, 64), (256, 256)])
 def test_the_pool_is_the_next_power_of_two(rank, bucket):
     assert bucket_of(rank) == bucket
-    assert METHODS["lora"].read(_checkpoint(a=(rank, 6), b=(5, rank)), _base(), Limits()).pool == f"lora:{bucket}"
+    assert METHODS["lora"].read(_checkpoint(a=(rank, 6), b=(5, rank)), _base(), Limits()).pool == f"lora:{bucket}:bf16"  # ones
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_a_saved_prefix_gives_pefts_logits(name, projection, trained, models, id
         alone = models[name](ids).logits
 
     expected = adapter.logits(ids)
-    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     assert (expected - alone).abs().max() > 0.01
     assert (part.pool, dict(part.sites), prefix.length) == (None, {}, 5)
 

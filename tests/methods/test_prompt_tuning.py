@@ -34,7 +34,7 @@ def test_a_saved_soft_prompt_gives_pefts_logits(name, kind, trained, models, ids
         alone = models[name](ids).logits
 
     expected = adapter.logits(ids)
-    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     assert (expected[:, 4:] - alone).abs().max() > 0.01
 
 

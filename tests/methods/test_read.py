@@ -85,7 +85,7 @@ def test_families_mix_in_one_batch(trained, hooked, ids):
     logits = served.logits(batch, {pool: [int(row == at) for row in range(4)] for at, pool in enumerate(saved)})
 
     for row, adapter in enumerate(saved.values()):
-        torch.testing.assert_close(logits[row], adapter.logits(batch)[row], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits[row], adapter.logits(batch)[row], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(logits[3], served.logits(batch, {})[3], atol=1e-6, rtol=0)
 
 
