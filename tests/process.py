@@ -34,7 +34,8 @@ class ServerProcess:
     def __init__(self, directory: Path, *flags: str) -> None:
         """`directory` gets the log, and the store unless the flags name one. Raises: AssertionError with the log."""
         self._log = directory / "stderr.log"
-        store = () if "--store" in flags else ("--store", str(directory / "store"))
+        self._store = directory / "store"
+        store = () if "--store" in flags else ("--store", str(self._store))
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 command("serve", "--port", "0", "--threads", "1", *store, *flags),
@@ -73,6 +74,10 @@ class ServerProcess:
     def upload(self, name: str, files: Mapping[str, bytes]) -> httpx.Response:
         parts = [("files", (file, data, "application/octet-stream")) for file, data in files.items()]
         return self.http.post("/adapters", data={"adapter_id": name}, files=parts)
+
+    def stored(self) -> set[str]:
+        """The files of its own store, but for the database's."""
+        return {str(path) for path in self._store.rglob("*") if path.is_file() and "sqlite3" not in path.name}
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)

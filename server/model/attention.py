@@ -220,6 +220,7 @@ def _recording(model: nn.Module, handler: Callable[..., Tensor]) -> Iterator[Non
             delattr(module, _SLOT)
 
 
+@torch.inference_mode()
 def _dry_run(model: nn.Module, ids: Sequence[int]) -> Tensor:
     """Logits [V] of the last of some tokens that all stand at position 0."""
     device = next(model.parameters()).device

@@ -86,7 +86,8 @@ def test_deeply_nested_json(tiny_server: ServerProcess) -> None:
     ],
 )
 def test_wrong_types(tiny_server: ServerProcess, body: Any, message: str) -> None:
-    error, kind = refusal(tiny_server.http.post("/generate", json=body), 422)
+    headers = {"content-type": "application/json"}
+    error, kind = refusal(tiny_server.http.post("/generate", content=json.dumps(body), headers=headers), 422)
     assert error == f"Input validation error: {message}"
     assert kind == "validation"
 
@@ -254,7 +255,8 @@ def test_an_upload_larger_than_the_limit(tiny_server: ServerProcess) -> None:
 
 
 def test_an_upload_cut_off_in_the_middle(tiny_server: ServerProcess) -> None:
-    """Nothing of it can be seen afterwards, and the same upload then works."""
+    """Nothing of it can be seen afterwards, on disk neither, and the same upload then works."""
+    stored = tiny_server.stored()
     request = httpx.Request(
         "POST",
         f"{tiny_server.url}/adapters",
@@ -270,6 +272,7 @@ def test_an_upload_cut_off_in_the_middle(tiny_server: ServerProcess) -> None:
             while connection.recv(1 << 16):
                 pass
         refusal(tiny_server.http.get("/adapters/cut"), 404)
+    until(lambda: tiny_server.stored() == stored)
     assert tiny_server.upload("cut", lora(2)).status_code == 201
     assert tiny_server.generate(adapter="cut").status_code == 200
     assert tiny_server.http.delete("/adapters/cut").status_code == 204

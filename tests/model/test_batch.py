@@ -1,0 +1,172 @@
+"""Batch: the index arithmetic against a plain loop, and when gathered rows may be kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.engine.plan import Row
+from server.engine.plan import Sequence as Seq
+from server.methods.base import Rows
+from server.model.batch import BatchBuilder, order_rows
+from server.model.step import Step
+
+SIZE = 4
+
+
+def row(start: int, count: int, slots: Mapping[str, int] | None = None, *, length: int | None = None, first: int = 1) -> Row:
+    """A row over blocks `first`, `first` + 1, ... whose id at position p is 100 + p."""
+    length = length or start + count
+    blocks = list(range(first, first + -(-length // SIZE)))
+    seq = Seq(None, (), b"", 0, [100 + p for p in range(length)], length, done=start, blocks=blocks, slots=slots or {})
+    return Row(seq, start, count)
+
+
+def filled(rows: Sequence[Row], keep: Sequence[int] = (0,)) -> Step:
+    step = Step()
+    BatchBuilder(step, SIZE, torch.device("cpu")).fill(rows, keep)
+    return step
+
+
+def test_decode_rows_come_first_each_half_sorted_by_pool_and_slot() -> None:
+    rows = {
+        "long a": row(0, 3, {"a": 1}),
+        "b2": row(5, 1, {"b": 2}),
+        "base": row(9, 1),
+        "a7": row(2, 1, {"a": 7}),
+        "long base": row(0, 2),
+        "a2 b1": row(4, 1, {"b": 1, "a": 2}),
+        "a2": row(6, 1, {"a": 2}),
+    }
+    names = {found.sequence: name for name, found in rows.items()}
+    ordered = [names[found.sequence] for found in order_rows(list(rows.values()))]
+    assert ordered == ["base", "a2", "a2 b1", "a7", "b2", "long base", "long a"]
+
+
+def test_the_step_of_the_documentation() -> None:
+    """The figure in server/model/step.py: a decode after 41, a prefill of 4, a decode after 12."""
+    rows = order_rows([row(41, 1, first=1), row(0, 4, first=20), row(12, 1, first=30)])
+    step = filled(rows, keep=[0, 1, 5])
+    assert step.ids.tolist() == [141, 112, 100, 101, 102, 103]
+    assert step.positions.tolist() == [41, 12, 0, 1, 2, 3]
+    assert step.starts.tolist() == [0, 1, 2, 6]
+    assert step.contexts.tolist() == [42, 13, 4]
+    assert step.keep.tolist() == [0, 1, 5]
+    assert step.spans == ((0, 1, 42), (1, 2, 13), (2, 6, 4))
+    assert step.decodes == 2
+    assert step.write.tolist() == [11 * 4 + 1, 33 * 4, 20 * 4, 20 * 4 + 1, 20 * 4 + 2, 20 * 4 + 3]
+    assert step.tables.tolist()[1] == [30, 31, 32, 33, 0, 0, 0, 0, 0, 0, 0]
+
+
+_slots = st.dictionaries(st.sampled_from(["lora:8", "lora:16", "ia3"]), st.integers(1, 4), max_size=3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9), _slots), min_size=1, max_size=7))
+def test_index_arithmetic_equals_a_loop_over_tokens(given_rows: list[tuple[int, int, dict[str, int]]]) -> None:
+    rows = order_rows([row(start, n, slots, first=1 + 20 * i) for i, (start, n, slots) in enumerate(given_rows)])
+    step = filled(rows)
+    at = 0
+    pools: dict[str, list[tuple[int, int]]] = {}
+    for i, found in enumerate(rows):
+        assert step.spans[i] == (at, at + found.count, found.start + found.count)
+        blocks = found.sequence.blocks
+        assert step.tables[i, : len(blocks)].tolist() == blocks
+        assert not step.tables[i, len(blocks) :].any()
+        for position in range(found.start, found.start + found.count):
+            assert step.ids[at] == 100 + position
+            assert step.positions[at] == position
+            assert step.write[at] == blocks[position // SIZE] * SIZE + position % SIZE
+            for pool, slot in found.sequence.slots.items():
+                pools.setdefault(pool, []).append((slot, at))
+            at += 1
+    assert len(step.ids) == at
+    assert step.decodes == sum(1 for found in rows if found.count == 1)
+    assert step.rows.keys() == pools.keys()
+    for pool, tokens in pools.items():
+        check_rows(step.rows[pool], sorted(tokens))
+
+
+def check_rows(rows: Rows, expected: list[tuple[int, int]]) -> None:
+    """`expected`: (slot, token), sorted."""
+    tokens = [token for _, token in expected]
+    assert rows.slot.tolist() == [slot for slot, _ in expected]
+    assert rows.index.tolist() == tokens
+    run = tokens == list(range(tokens[0], tokens[0] + len(tokens)))
+    assert rows.span == (slice(tokens[0], tokens[0] + len(tokens)) if run else None)
+    covered = [slot for slot, start, stop in rows.groups for _ in range(start, stop)]
+    assert covered == rows.slot.tolist()
+    assert len({slot for slot, _, _ in rows.groups}) == len(rows.groups)
+
+
+def test_virtual_positions_have_a_harmless_id() -> None:
+    virtual = row(0, 3)
+    virtual.sequence.ids[:] = [-1, -1, 7]
+    assert filled([virtual]).ids.tolist() == [0, 0, 7]
+
+
+class Composition:
+    def __init__(self) -> None:
+        self.step = Step()
+        self.builder = BatchBuilder(self.step, SIZE, torch.device("cpu"))
+
+    def rows(self, *rows: Row) -> dict[str, Rows]:
+        self.builder.fill(rows, [0])
+        return self.step.rows
+
+
+def test_an_unchanged_composition_keeps_its_rows_and_what_ops_kept_in_them() -> None:
+    batch = Composition()
+    before = batch.rows(row(3, 1, {"a": 1}), row(8, 1, {"a": 2}))["a"]
+    before.scratch["gathered"] = "kept"
+    after = batch.rows(row(4, 1, {"a": 1}), row(9, 1, {"a": 2}))["a"]
+    assert after is before
+    assert after.scratch == {"gathered": "kept"}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        [row(4, 1, {"a": 1}), row(9, 1, {"a": 3})],
+        [row(4, 1, {"a": 2}), row(9, 1, {"a": 1})],
+        [row(4, 1, {"a": 1}), row(9, 2, {"a": 2})],
+        [row(4, 1, {"a": 1}), row(9, 1, {"a": 2}), row(1, 1)],
+        [row(4, 1, {"a": 1}), row(9, 1, {"b": 2})],
+    ],
+)
+def test_another_composition_gets_new_rows(other: list[Row]) -> None:
+    batch = Composition()
+    before = batch.rows(row(3, 1, {"a": 1}), row(8, 1, {"a": 2}))["a"]
+    assert batch.rows(*other)["a"] is not before
+
+
+def test_a_forgotten_composition_gets_new_rows() -> None:
+    batch = Composition()
+    before = batch.rows(row(3, 1, {"a": 1}))["a"]
+    batch.builder.forget_composition()
+    after = batch.rows(row(4, 1, {"a": 1}))["a"]
+    assert after is not before
+    assert after.index.tolist() == before.index.tolist()
+
+
+def test_a_composition_that_could_not_be_built_is_not_taken_for_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = Composition()
+    batch.rows(row(3, 1, {"a": 1}))
+    with monkeypatch.context() as patched:
+        patched.setattr(batch.builder, "_rows", lambda runs: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            batch.rows(row(3, 1, {"a": 2}))
+    assert batch.rows(row(3, 1, {"a": 2}))["a"].slot.tolist() == [2]
+
+
+def test_taps_of_the_last_step_are_gone_and_rows_read_the_steps_own() -> None:
+    batch = Composition()
+    rows = batch.rows(row(3, 1, {"a": 1}))["a"]
+    batch.step.taps["q_proj"] = torch.ones(1, 2)
+    assert rows.taps["q_proj"] is batch.step.taps["q_proj"]
+    batch.rows(row(4, 1, {"a": 1}))
+    assert rows.taps == {}
