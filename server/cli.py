@@ -7,8 +7,11 @@ server speak HTTP to it, so they can do nothing that a client could not. Heavy i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
+import signal
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -81,11 +84,18 @@ def _serve(**flags: Any) -> None:
             name = "--" + str(problem["loc"][0]).replace("_", "-")
             console.print(f"adapterd: {name} {problem['msg']} (got {problem['input']!r})", style="red", markup=False)
         sys.exit(2)
+    # While loading there is nothing to drain. As a container's first process we would not even get the default action.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     from . import logs
-    from .serving import check_exposure
+    from .serving import bind, check_exposure
 
     logs.configure(settings.log_level, settings.log_format)
     check_exposure(settings)
+    with bind(settings.host, settings.port) as listener:  # before the load, which takes long and much memory
+        _load_and_serve(settings, listener)
+
+
+def _load_and_serve(settings: Settings, listener: socket.socket) -> None:
     from .assembly import assemble, seed_demo
     from .model.pull import console_report
     from .serving import serve
@@ -94,11 +104,12 @@ def _serve(**flags: Any) -> None:
         server = assemble(settings, report)
     if settings.demo:
         seed_demo(server)
-    serve(server.app, server.engine, server.readiness, settings, lambda port: _announce(settings, port))
+    started = functools.partial(_announce, settings)
+    serve(server.app, server.engine, server.readiness, listener, settings.drain_seconds, started)
 
 
-def _announce(settings: Settings, port: int) -> None:
-    print(f"adapterd {__version__} serves {settings.model} on http://{settings.host}:{port}", flush=True)
+def _announce(settings: Settings, url: str) -> None:
+    print(f"adapterd {__version__} serves {settings.model} on {url}", flush=True)
     if settings.demo:
         from .demo import DEMO
 

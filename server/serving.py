@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -29,6 +30,9 @@ from .settings import Settings
 
 log = structlog.get_logger(__name__)
 
+#: Seconds. The engine lets go of the GIL in every kernel and must get it back from the event loop each time: with
+#: Python's default of 5 ms, a burst of stream events costs a step several such waits.
+_SWITCH_INTERVAL = 0.0005
 _POLL = 0.05  # seconds between looks at what still runs while draining
 _SWEEP_EVERY = 600  # seconds
 _SWEEP_GRACE = 3600  # seconds a deleted adapter's files are kept
@@ -37,6 +41,10 @@ _LAST_WORDS = 5  # seconds for the last answers to reach their clients
 
 class ExposedError(AdapterdError):
     """The server would be reachable from other machines although it asks for no keys."""
+
+
+class AddressError(AdapterdError):
+    """The address cannot be listened on: in use, not this machine's, or not an address."""
 
 
 def check_exposure(settings: Settings) -> None:
@@ -112,8 +120,30 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(app: FastAPI, engine: Engine, readiness: Readiness, settings: Settings, started: Callable[[int], None]) -> None:
-    """Listen until told to stop. `started` is called with the port once requests are taken."""
+def bind(host: str, port: int) -> socket.socket:
+    """The address, taken but not listened on yet: whoever connects before `serve` is refused. Raises: AddressError."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise _refused(host, port, error) from error
+    return listener
+
+
+def serve(
+    app: FastAPI,
+    engine: Engine,
+    readiness: Readiness,
+    listener: socket.socket,
+    drain_seconds: float,
+    started: Callable[[str], None],
+) -> None:
+    """Listen until told to stop. `started` is called with the server's URL once connections are taken.
+
+    Raises: AddressError when another process began to listen on the address after `bind`.
+    """
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -122,10 +152,14 @@ def serve(app: FastAPI, engine: Engine, readiness: Readiness, settings: Settings
         timeout_graceful_shutdown=_LAST_WORDS,
         h11_max_incomplete_event_size=1 << 16,
     )
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((settings.host, settings.port))
+    host, port = listener.getsockname()[:2]
+    try:
         listener.listen(2048)
-        started(listener.getsockname()[1])
-        DrainingServer(config, engine, readiness, settings.drain_seconds).run(sockets=[listener])
+    except OSError as error:
+        raise _refused(host, port, error) from error
+    started(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+    DrainingServer(config, engine, readiness, drain_seconds).run(sockets=[listener])
+
+
+def _refused(host: str, port: int, error: OSError) -> AddressError:
+    return AddressError(f"cannot listen on --host {host} --port {port}: {error.strerror or error}")

@@ -68,7 +68,7 @@ class Engine:
         self._closing = False
         self._progress = False  # the last step did something, so the next may too
         self._pending = 0  # accepted requests that have not ended yet
-        self._stats = EngineStats()
+        self._snapshot()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self.beat = time.monotonic()  # when the loop last came round, for a watchdog
 

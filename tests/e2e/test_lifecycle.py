@@ -15,7 +15,7 @@ from tests.conftest import Serve
 from tests.e2e.uploads import lora
 from tests.process import ServerProcess, streaming, until
 
-LONG = 1500  # tokens: several seconds of a stream on the tiny base
+LONG = 800  # tokens: a second or more of a stream on the tiny base
 
 
 def tokens_of(events: Iterator[str]) -> list[int]:
@@ -207,14 +207,3 @@ def test_a_restart_on_the_same_store_keeps_adapters_versions_and_users(serve: Se
         assert [version["version"] for version in versions] == [2, 1]
         assert server.upload("kept", lora(24)).json()["version"] == 3
         assert server.generate(adapter="deleted").status_code == 404
-
-
-def test_a_killed_server_has_lost_nothing_that_it_confirmed(serve: Serve, tiny_base: Path, tmp_path: Path) -> None:
-    flags = ("--model", str(tiny_base), "--store", str(tmp_path / "store"))
-    with serve(*flags) as server:
-        assert server.upload("kept", lora(30)).status_code == 201
-        said = tokens(server, "kept", 20)
-        server.process.kill()
-        server.exit_code()
-    with serve(*flags) as server:
-        assert tokens(server, "kept", 20) == said

@@ -1,0 +1,307 @@
+"""Runner: caches, changes and forward passes; a row's numbers depend on nobody else's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from adapters_store.digest import Digest
+from server.engine.plan import Copy, Evict, Fill, Put, Row
+from server.engine.plan import Sequence as Seq
+from server.methods import METHODS, build_methods
+from server.methods.base import Adapter, BaseShape, Checkpoint, Limits, Part, Prefix
+from server.model.batch import BatchBuilder
+from server.model.kernels import Kernels, choose_kernels
+from server.model.loader import make_base
+from server.model.runner import CacheShape, Runner, block_nbytes
+from server.requests import Request, Sampling, Token
+from server.settings import default_home
+from tests.lab import BASE, Lab
+from tests.tiny import VOCAB, tiny_model
+
+CPU = torch.device("cpu")
+SIZE = 4
+PROMPT = [5, 9, 33, 60, 12, 71, 8]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def native() -> Kernels:
+    chosen = choose_kernels(CPU, torch.float32, True, default_home(), lambda line: None)
+    if chosen.name != "native":
+        pytest.skip(chosen.name)
+    return chosen
+
+
+def new_runner(blocks: int = 32) -> Runner:
+    base = make_base(tiny_model("llama"), BASE, CPU, torch.float32)
+    return Runner(base, CacheShape(blocks, SIZE), build_methods())
+
+
+def sequence(ids: Sequence[int], blocks: Sequence[int] = (3, 7, 5, 9), **sampling: object) -> Seq:
+    params = Sampling(**{"max_new_tokens": 9, **sampling})  # type: ignore[arg-type]
+    return Seq(Request("r", "t", (), tuple(ids), params), (), b"", 0, list(ids), len(ids), blocks=list(blocks))
+
+
+def oracle(ids: Sequence[int]) -> Tensor:
+    """Hugging Face's logits [T, V]."""
+    model = tiny_model("llama")
+    model.config._attn_implementation = "eager"
+    with torch.inference_mode():
+        logits: Tensor = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+    return logits
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def caches(runner: Runner) -> Tensor:
+    """[layers, 2, blocks, block_size, kv_heads, head_dim]"""
+    return torch.stack(runner._caches)
+
+
+# ---- sizes ----
+
+
+def test_cache_bytes_are_those_of_the_tensors() -> None:
+    runner = new_runner(blocks=11)
+    shape = CacheShape(11, SIZE)
+    assert shape.nbytes(runner.base) == caches(runner).nbytes
+    assert shape.nbytes(runner.base) == 11 * block_nbytes(runner.base, SIZE)
+
+
+# ---- forward passes ----
+
+
+def test_prefill_in_chunks_and_decode_give_hugging_faces_tokens() -> None:
+    runner, seq = new_runner(), sequence(PROMPT)
+    assert runner.run([Row(seq, 0, 3)]) == {}  # a chunk that ends before the prompt does says nothing
+    for start, count in ((3, 4), (7, 1), (8, 1)):
+        sample = runner.run([Row(seq, start, count)])[seq]
+        expected = oracle(seq.ids)[-1]
+        assert sample.token is not None
+        assert sample.token.id == int(expected.argmax())
+        assert sample.token.logprob == pytest.approx(float(expected.log_softmax(-1).max()), abs=1e-4)
+        seq.ids.append(sample.token.id)
+
+
+def test_rows_of_all_kinds_share_a_step() -> None:
+    runner = new_runner()
+    running, joining, chunk = sequence(PROMPT, (3, 7)), sequence(PROMPT[::-1], (1, 2)), sequence(PROMPT * 2, (4, 6, 8, 10))
+    runner.run([Row(running, 0, 6)])
+    samples = runner.run([Row(chunk, 0, 5), Row(joining, 0, 7), Row(running, 6, 1)])
+    assert samples.keys() == {joining, running}
+    for seq in (joining, running):
+        token = samples[seq].token
+        assert token is not None
+        assert token.id == int(oracle(seq.ids)[-1].argmax())
+
+
+def test_the_null_block_stays_zero() -> None:
+    runner = new_runner()
+    runner.run([Row(sequence(PROMPT), 0, 7), Row(sequence(PROMPT, (1, 2)), 0, 1)])
+    assert not caches(runner)[:, :, 0].any()
+    assert caches(runner)[:, :, 3].any()
+
+
+@pytest.mark.parametrize("budget", [3, 64])
+def test_prompt_logprobs_are_those_of_the_whole_prompt_however_it_is_cut(budget: int) -> None:
+    lab = Lab(tiny_model("llama"), {}, max_batch_tokens=budget)
+    prompt = [*PROMPT, *PROMPT[::-1]]
+    lab.submit("a", prompt, prompt_logprobs=True, max_new_tokens=3)
+    lab.submit("b", PROMPT, max_new_tokens=3)
+    lab.run()
+    scored = [token for event in lab.events for token in event.prompt if event.request_id == "a"]
+    expected = oracle(prompt).log_softmax(-1)
+    assert [token.id for token in scored] == prompt
+    assert scored[0] == Token(prompt[0], None)
+    for position, token in enumerate(scored[1:]):
+        assert token.logprob == pytest.approx(float(expected[position, token.id]), abs=1e-4)
+    assert not [event for event in lab.events if event.request_id == "b" and event.prompt]
+
+
+def test_prompt_logprobs_are_given_once_although_the_prompt_is_computed_again() -> None:
+    lab = Lab(tiny_model("llama"), {}, blocks=9, max_batch_tokens=6)
+    for name in "ab":
+        lab.submit(name, PROMPT, prompt_logprobs=True, max_new_tokens=14)
+    lab.run()
+    assert lab.observer.preemptions > 0
+    for name in "ab":
+        scored = [token.id for event in lab.events if event.request_id == name for token in event.prompt]
+        assert scored == PROMPT
+
+
+# ---- changes ----
+
+
+def test_copy_copies_one_block_in_every_layer() -> None:
+    runner = new_runner()
+    runner.run([Row(sequence(PROMPT), 0, 7)])
+    runner.apply([Copy(3, 20)], {})
+    held = caches(runner)
+    assert torch.equal(held[:, :, 20], held[:, :, 3])
+    assert not held[:, :, 21].any()
+
+
+def test_fill_writes_a_prefix_and_nothing_behind_it() -> None:
+    runner = new_runner()
+    keys, values = random(2, 6, 2, 8), random(2, 6, 2, 8, seed=1)
+    adapter = Adapter(Digest.of(b"p"), (Part("prefix_tuning", prefix=Prefix(6, keys, values)),))
+    for cache in runner._caches:
+        cache[:, 9] = torch.nan  # what the block's last owner left
+    runner.apply([Put(adapter.digest, {}), Fill(adapter.digest, (4, 9))], {adapter.digest: adapter})
+    held = caches(runner)[:, :, [4, 9]].flatten(2, 3)
+    assert torch.equal(held[:, 0, :6], keys)
+    assert torch.equal(held[:, 1, :6], values)
+    assert not held[:, :, 6:].any()
+
+
+def test_fill_refuses_embeddings_and_an_unknown_adapter() -> None:
+    runner = new_runner()
+    adapter = Adapter(Digest.of(b"s"), (Part("prompt_tuning", prefix=Prefix(2, embeddings=random(2, 32))),))
+    runner.apply([Put(adapter.digest, {})], {adapter.digest: adapter})
+    with pytest.raises(ValueError, match="embeddings has no K/V"):
+        runner.apply([Fill(adapter.digest, (4,))], {})
+    with pytest.raises(KeyError):
+        runner.apply([Fill(BASE, (4,))], {})
+
+
+def test_evict_takes_hooks_and_prefix_away() -> None:
+    runner = new_runner()
+    adapter = bias(b"x", runner.base.shape, 1.0)
+    adapter = Adapter(adapter.digest, (*adapter.parts, Part("prefix_tuning", prefix=Prefix(1, *random(2, 2, 1, 2, 8)))))
+    runner.apply([Put(adapter.digest, {"bitfit": 1})], {adapter.digest: adapter})
+    assert runner.sites.attached
+    runner.apply([Evict(adapter.digest, {"bitfit": 1})], {})
+    assert runner.sites.attached == ()
+    with pytest.raises(KeyError):
+        runner.apply([Fill(adapter.digest, (4,))], {})
+
+
+# ---- slots that change hands ----
+
+
+def bias(name: bytes, shape: BaseShape, scale: float) -> Adapter:
+    """A BitFit adapter: several of them in a step have their vectors gathered and kept with the composition."""
+    digest = Digest.of(name)
+    seed = sum(name)
+    linear = [n for n, m in shape.modules.items() if m.kind == "linear" and "." in n]
+    sites = {n: {"delta": random(shape.modules[n].out_features, seed=seed + i) * scale} for i, n in enumerate(linear)}
+    return Adapter(digest, (Part("bitfit", "bitfit", sites),))
+
+
+@pytest.fixture(scope="module")
+def biases() -> dict[str, Adapter]:
+    shape = make_base(tiny_model("llama"), BASE, CPU, torch.float32).shape
+    return {name: bias(name.encode(), shape, 0.5) for name in "abcd"}
+
+
+def alone(adapters: Mapping[str, Adapter], name: str) -> list[int]:
+    lab = Lab(tiny_model("llama"), {adapters[name].digest: adapters[name]})
+    lab.submit(name, [7], adapters[name].digest, max_new_tokens=8)
+    lab.run()
+    return lab.tokens(name)
+
+
+def reused(adapters: Mapping[str, Adapter]) -> dict[str, list[int]]:
+    """a and b run in slots 1 and 2, then c and d in the same two, with the very same composition of the step."""
+    lab = Lab(tiny_model("llama"), {adapter.digest: adapter for adapter in adapters.values()}, slots=2)
+    for pair in ("ab", "cd"):
+        for name in pair:
+            lab.submit(name, [7], adapters[name].digest, max_new_tokens=8)
+        lab.run()
+    assert lab.observer.evictions == 2
+    return {name: lab.tokens(name) for name in adapters}
+
+
+def test_a_reused_slot_is_gathered_anew_though_the_composition_is_the_same(biases: dict[str, Adapter]) -> None:
+    expected = {name: alone(biases, name) for name in biases}
+    assert len({tuple(tokens) for tokens in expected.values()}) == 4
+    assert reused(biases) == expected
+
+
+def test_the_test_above_notices_a_stale_gather(biases: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BatchBuilder, "forget_composition", lambda self: None)
+    found = reused(biases)
+    assert found["c"] != alone(biases, "c")
+
+
+# ---- isolation, to the last bit ----
+
+
+def logits_of(kernels: Kernels, mine: Adapter | None, mates: int, adapters: Sequence[Adapter], budget: int = 400) -> Tensor:
+    """The logits [12, V] of one request, with and without others in its steps."""
+    known = {adapter.digest: adapter for adapter in ([mine, *adapters] if mine else adapters)}
+    lab = Lab(tiny_model("llama"), known, kernels=kernels, max_batch_tokens=budget, blocks=400)
+    lab.submit("me", PROMPT, *([mine.digest] if mine else []), max_new_tokens=12)
+    for i in range(mates):
+        theirs = [adapters[i % len(adapters)].digest] if adapters else []
+        prompt = torch.randint(3, VOCAB, (1 + i,), generator=torch.Generator().manual_seed(i)).tolist()
+        lab.submit(f"mate {i}", prompt, *theirs, max_new_tokens=3 + i % 9)
+    lab.run()
+    return lab.logits("me")
+
+
+def zoo(name: str, seed: int) -> Adapter:
+    """One adapter of a family, as if trained; another for each seed."""
+    shape = make_base(tiny_model("llama"), BASE, CPU, torch.float32).shape
+    linear = {n: m for n, m in shape.modules.items() if m.kind == "linear" and "." in n}
+    digest = Digest.of(f"{name} {seed}".encode())
+    if name == "bitfit":
+        return bias(f"{name} {seed}".encode(), shape, 0.5)
+    if name == "lora":
+        sites = {n: {"A": random(5, m.in_features, seed=seed), "B": random(m.out_features, 5, seed=9)} for n, m in linear.items()}
+        return Adapter(digest, (Part("lora", "lora:8", sites),))
+    if name == "ia3":
+        scales = {n: {"out": 1 + 0.3 * random(m.out_features, seed=seed)} for n, m in linear.items()}
+        return Adapter(digest, (Part("ia3", "ia3", scales),))
+    if name == "prefix":
+        return Adapter(digest, (Part("prefix_tuning", prefix=Prefix(5, *random(2, 2, 5, 2, 8, seed=seed))),))
+    if name == "soft":
+        return Adapter(digest, (Part("prompt_tuning", prefix=Prefix(3, embeddings=random(3, 32, seed=seed))),))
+    width, size = 6, shape.hidden_size
+    sites = {
+        s.exit: {
+            "down": random(width, size, seed=seed) * 0.3,
+            "down_bias": random(width, seed=seed),
+            "up": random(size, width, seed=seed + 1) * 0.3,
+            "up_bias": random(size, seed=seed + 1),
+        }
+        for s in shape.sublayers
+    }
+    config = {"activation": "relu", "reads": "output", "skip": 0}
+    return Adapter(digest, (METHODS["bottleneck"].read(Checkpoint("bottleneck", config, sites), shape, Limits()),))
+
+
+FAMILIES = ["bitfit", "lora", "ia3", "prefix", "soft", "bottleneck"]
+
+
+@pytest.fixture(scope="module")
+def mixed() -> list[Adapter]:
+    return [zoo(name, seed) for seed in (1, 2) for name in FAMILIES]
+
+
+@pytest.mark.parametrize("budget", [400, 9])
+@pytest.mark.parametrize("company", ["base", "adapters"])
+@pytest.mark.parametrize("family", ["base", *FAMILIES])
+def test_native_logits_are_the_same_bits_alone_and_among_fifteen(
+    family: str, company: str, budget: int, native: Kernels, mixed: list[Adapter]
+) -> None:
+    mine = None if family == "base" else zoo(family, 3)
+    alone = logits_of(native, mine, 0, [])
+    assert torch.equal(logits_of(native, mine, 15, mixed if company == "adapters" else [], budget), alone)
+
+
+@pytest.mark.parametrize("family", ["base", *FAMILIES])
+def test_torch_logits_move_by_rounding_at_most(family: str, mixed: list[Adapter]) -> None:
+    mine = None if family == "base" else zoo(family, 3)
+    alone = logits_of(Kernels("torch"), mine, 0, [])
+    torch.testing.assert_close(logits_of(Kernels("torch"), mine, 15, mixed), alone, rtol=1e-4, atol=1e-3)
