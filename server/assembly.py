@@ -23,7 +23,8 @@ from adapters_store.store import Store
 from . import __version__
 from .api.app import create_app
 from .api.context import Readiness
-from .demo import DEMO
+from .demo import BASE as DEMO_BASE
+from .demo import DEMO, DemoAdapter
 from .engine.client import Mailbox
 from .engine.engine import Engine
 from .engine.pages import Pages
@@ -34,6 +35,7 @@ from .methods import build_methods
 from .methods.base import Adapter, Limits
 from .methods.read import describe, read_adapter, read_parts
 from .metrics import Metrics
+from .model.attention import UnsupportedModelError
 from .model.kernels import Kernels, choose_kernels
 from .model.loader import Base, load_base
 from .model.pull import Report, quiet, resolve
@@ -64,7 +66,8 @@ def assemble(settings: Settings, report: Report = quiet) -> Server:
     """Load the base and put everything together. Raises: AdapterdError naming what is wrong."""
     runtime_bytes = psutil.Process().memory_info().rss  # interpreter and libraries, before anything is loaded
     device, dtype = choose_device(settings)
-    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+    threads = settings.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
     directory = resolve(settings.model, default_home(), report)
     kernels = choose_kernels(device, dtype, settings.native, default_home(), lambda line: report(line, 0, 0))
     base = load_base(directory, device, dtype, kernels.prepare)
@@ -95,7 +98,7 @@ def assemble(settings: Settings, report: Report = quiet) -> Server:
         model_name=settings.model,
         mailbox=mailbox,
         max_total_tokens=limits.max_total_tokens,
-        info={**_info(settings, base, cache, limits, kernels), "runtime_bytes": runtime_bytes},
+        info={**_info(settings, base, cache, limits, kernels, threads), "runtime_bytes": runtime_bytes},
         readiness=readiness,
         lifespan=lifespan(engine, readiness, store),
     )
@@ -108,22 +111,28 @@ def seed_demo(server: Server) -> None:
 
     Raises: AdapterError when the base is another one than they were trained on.
     """
-    store, tenant = server.store, "default"
     for demo in DEMO:
-        with store.stage() as staged:
-            for path in sorted(demo.directory.iterdir()):
-                with staged.file(path.name) as file:
-                    file.write(path.read_bytes())
-            details = check_files(staged.paths, server.base, server.settings)
-            store.publish(staged, tenant=tenant, name=demo.name, method=demo.method, parts=(demo.method,), details=details)
-        if demo.user_id:
-            store.bind_user(tenant, demo.user_id, demo.name)
+        try:
+            _seed(server, demo, tenant="default")
+        except AdapterError as error:
+            raise AdapterError("--demo", f"its adapters were trained on {DEMO_BASE}; {demo.name}: {error}") from error
 
 
-def check_adapter(directory: Path, model: str) -> Mapping[str, JSON]:
+def _seed(server: Server, demo: DemoAdapter, tenant: str) -> None:
+    store = server.store
+    with store.stage() as staged:
+        for path in sorted(demo.directory.iterdir()):
+            with staged.file(path.name) as file:
+                file.write(path.read_bytes())
+        details = check_files(staged.paths, server.base, server.settings)
+        store.publish(staged, tenant=tenant, name=demo.name, method=demo.method, parts=(demo.method,), details=details)
+    if demo.user_id:
+        store.bind_user(tenant, demo.user_id, demo.name)
+
+
+def check_adapter(directory: Path, settings: Settings) -> Mapping[str, JSON]:
     """What an upload of `directory` would be. Raises: AdapterError naming why it would be refused."""
-    settings = Settings(model=model)
-    base = load_base(resolve(model, default_home()), torch.device("cpu"), torch.float32)
+    base = load_base(resolve(settings.model, default_home()), torch.device("cpu"), torch.float32)
     return check_files({path.name: path for path in directory.iterdir() if path.is_file()}, base, settings)
 
 
@@ -170,9 +179,13 @@ def _free_memory(device: torch.device) -> int:
 
 
 def _tokenizer(directory: Path) -> PreTrainedTokenizerFast:
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    """Raises: UnsupportedModelError when there is none that runs without Python code."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (ValueError, OSError) as error:
+        raise UnsupportedModelError(f"{directory} has no fast tokenizer (tokenizer.json)") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise AdapterError("tokenizer", f"{directory} has no fast tokenizer (tokenizer.json)")
+        raise UnsupportedModelError(f"{directory} has no fast tokenizer (tokenizer.json)")
     return tokenizer
 
 
@@ -187,7 +200,9 @@ def _loader(store: Store, base: Base, settings: Settings) -> Callable[[Digest], 
     return load
 
 
-def _info(settings: Settings, base: Base, cache: CacheShape, limits: SchedulerLimits, kernels: Kernels) -> Mapping[str, JSON]:
+def _info(
+    settings: Settings, base: Base, cache: CacheShape, limits: SchedulerLimits, kernels: Kernels, threads: int
+) -> Mapping[str, JSON]:
     """`GET /info`: TGI's and LoRAX's names where they have one."""
     return {
         "model_id": settings.model,
@@ -209,7 +224,7 @@ def _info(settings: Settings, base: Base, cache: CacheShape, limits: SchedulerLi
         "kv_cache_bytes": cache.nbytes(base),
         "base_bytes": base.nbytes,
         "host_cache_limit_bytes": settings.host_cache_mb << 20,
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "kernels": kernels.name,
         "methods": sorted(build_methods()),
         "base": {

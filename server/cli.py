@@ -16,11 +16,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from urllib.parse import quote
 
 import httpx
 import pydantic
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from . import __version__
@@ -36,6 +38,7 @@ app.add_typer(users, name="users")
 
 Url = Annotated[str, typer.Option("--url", envvar="ADAPTERD_URL", help="The server to talk to.")]
 LOCAL = "http://127.0.0.1:8080"
+DEFAULT_MODEL: str = Settings.model_fields["model"].default
 console = Console(stderr=True)
 
 
@@ -43,9 +46,27 @@ def main() -> None:
     """Run the command line; errors of ours are one line and exit status 1."""
     try:
         app()
-    except (AdapterdError, httpx.HTTPError, OSError) as error:
-        console.print(f"adapterd: {error or type(error).__name__}", style="red", markup=False, highlight=False, soft_wrap=True)
+    except httpx.RequestError as error:
+        _complain(f"{error.request.url}: {error or type(error).__name__}")
         sys.exit(1)
+    except (AdapterdError, OSError) as error:
+        _complain(f"{error or type(error).__name__}")
+        sys.exit(1)
+
+
+def _complain(what: str) -> None:
+    console.print(f"adapterd: {what}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _settings(**flags: Any) -> Settings:
+    """What the flags and ADAPTERD_* variables say; a value that is wrong is named, and ends the command."""
+    try:
+        return Settings(**flags)
+    except pydantic.ValidationError as error:
+        for problem in error.errors():
+            name = "--" + str(problem["loc"][0]).replace("_", "-")
+            _complain(f"{name} {problem['msg']} (got {problem['input']!r})")
+        sys.exit(2)
 
 
 # -- serve -----------------------------------------------------------------------------------------------------------
@@ -66,7 +87,7 @@ def _option(name: str, field: pydantic.fields.FieldInfo) -> inspect.Parameter:
     choices = "|".join(value for value in get_args(field.annotation) if isinstance(value, str))
     option = typer.Option(
         f"{flag}/--no-{flag[2:]}" if switch else flag,
-        help=f"{field.description} [default: {'unset' if field.default is None else field.default}]",
+        help=f"{field.description} " + escape(f"[default: {'unset' if field.default is None else field.default}]"),
         metavar=None if switch else choices or "VALUE",
         show_default=False,
     )
@@ -77,13 +98,7 @@ def _option(name: str, field: pydantic.fields.FieldInfo) -> inspect.Parameter:
 @app.command("serve", help="Serve a base model and its tenants' adapters.")
 @_with_settings
 def _serve(**flags: Any) -> None:
-    try:
-        settings = Settings(**{name: value for name, value in flags.items() if value is not None})
-    except pydantic.ValidationError as error:
-        for problem in error.errors():
-            name = "--" + str(problem["loc"][0]).replace("_", "-")
-            console.print(f"adapterd: {name} {problem['msg']} (got {problem['input']!r})", style="red", markup=False)
-        sys.exit(2)
+    settings = _settings(**{name: value for name, value in flags.items() if value is not None})
     # While loading there is nothing to drain. As a container's first process we would not even get the default action.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     from . import logs
@@ -121,7 +136,9 @@ def _announce(settings: Settings, url: str) -> None:
 
 
 @app.command()
-def pull(model: Annotated[str, typer.Argument(help="A short name or a Hub id.")] = Settings().model) -> None:
+def pull(
+    model: Annotated[str, typer.Argument(envvar="ADAPTERD_MODEL", help="A short name or a Hub id.")] = DEFAULT_MODEL,
+) -> None:
     """Fetch and convert a base model; prints its directory as the last line."""
     from .model.pull import console_report, resolve
 
@@ -204,7 +221,7 @@ def list_adapters(url: Url = LOCAL) -> None:
 @adapters.command("show")
 def show(adapter_id: str, url: Url = LOCAL) -> None:
     """One adapter's record."""
-    _show(_get(url, f"/adapters/{adapter_id}"))
+    _show(_get(url, f"/adapters/{quote(adapter_id)}"))
 
 
 @adapters.command("delete")
@@ -215,24 +232,26 @@ def delete(
 ) -> None:
     """Delete an adapter; requests in flight finish."""
     params = {} if only is None else {"version": only}
-    _show(httpx.delete(f"{url}/adapters/{adapter_id}", params=params, timeout=60))
+    _show(httpx.delete(f"{url}/adapters/{quote(adapter_id)}", params=params, timeout=60))
 
 
 @adapters.command("check")
 def check(
     directory: Annotated[Path, typer.Argument(help="What save_pretrained() wrote.", exists=True, file_okay=False)],
-    model: Annotated[str, typer.Option("--model", help="The base to check it against.")] = Settings().model,
+    model: Annotated[
+        str, typer.Option("--model", envvar="ADAPTERD_MODEL", help="The base to check it against.")
+    ] = DEFAULT_MODEL,
 ) -> None:
     """Offline: what an upload of this directory would be, or why it would be refused."""
     from .assembly import check_adapter
 
-    print(json.dumps(check_adapter(directory, model), indent=2))
+    print(json.dumps(check_adapter(directory, _settings(model=model)), indent=2))
 
 
 @users.command("bind")
 def bind(user_id: str, adapter_id: str, url: Url = LOCAL) -> None:
     """Send a user's requests through an adapter."""
-    _show(httpx.put(f"{url}/users/{user_id}", json={"adapter_id": adapter_id}, timeout=60))
+    _show(httpx.put(f"{url}/users/{quote(user_id)}", json={"adapter_id": adapter_id}, timeout=60))
 
 
 @users.command("list")
@@ -247,7 +266,7 @@ def list_users(url: Url = LOCAL) -> None:
 @users.command("unbind")
 def unbind(user_id: str, url: Url = LOCAL) -> None:
     """Back to the base model."""
-    _show(httpx.delete(f"{url}/users/{user_id}", timeout=60))
+    _show(httpx.delete(f"{url}/users/{quote(user_id)}", timeout=60))
 
 
 def _get(url: str, path: str, **params: Any) -> httpx.Response:
@@ -273,7 +292,7 @@ def _checked(response: httpx.Response) -> httpx.Response:
         message = str(response.json()["error"])
     except (ValueError, KeyError, TypeError):
         message = response.text[:500]
-    console.print(f"adapterd: {response.status_code} {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    _complain(f"{response.status_code} {message}")
     sys.exit(1)
 
 

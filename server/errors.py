@@ -1,6 +1,7 @@
 """Every error a client can see, as one tree; `server/api/app.py` turns it into an answer in one handler.
 
 AdapterdError 500 internal
+├── MalformedError 400 validation         a body that is no JSON
 ├── ValidationError 422 validation        a request's own fields ("Input validation error: ...")
 ├── AdapterError 422 adapter              an uploaded adapter's field or tensor
 ├── TooLargeError 413 too_large
@@ -15,7 +16,16 @@ AdapterdError 500 internal
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Self, TypeVar
+
+E = TypeVar("E", bound="AdapterdError")
+
+
+def _revived(kind: type[E], arguments: tuple[object, ...], fields: Mapping[str, object]) -> E:
+    error = kind.__new__(kind, *arguments)
+    vars(error).update(fields)
+    return error
 
 
 class AdapterdError(Exception):
@@ -28,6 +38,10 @@ class AdapterdError(Exception):
     def code(self) -> str:
         """OpenAI's `code` field."""
         return self.error_type
+
+    def __reduce__(self) -> tuple[Callable[..., Self], tuple[object, ...]]:
+        """Errors cross the engine's border, so pickling must not run an `__init__` that words the message a second time."""
+        return _revived, (type(self), self.args, vars(self).copy())
 
 
 class MalformedError(AdapterdError):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -30,9 +29,6 @@ from .settings import Settings
 
 log = structlog.get_logger(__name__)
 
-#: Seconds. The engine lets go of the GIL in every kernel and must get it back from the event loop each time: with
-#: Python's default of 5 ms, a burst of stream events costs a step several such waits.
-_SWITCH_INTERVAL = 0.0005
 _POLL = 0.05  # seconds between looks at what still runs while draining
 _SWEEP_EVERY = 600  # seconds
 _SWEEP_GRACE = 3600  # seconds a deleted adapter's files are kept
@@ -91,7 +87,7 @@ async def _sweep(store: Store) -> None:
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn, except that the first SIGTERM or SIGINT drains and the second one stops at once."""
+    """uvicorn, except that the first SIGTERM or SIGINT drains and a second one ends the drain."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine, readiness: Readiness, drain_seconds: float) -> None:
         super().__init__(config)
@@ -99,11 +95,12 @@ class DrainingServer(uvicorn.Server):
         self._readiness = readiness
         self._drain_seconds = drain_seconds
         self._draining = False
+        self._hurry = threading.Event()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came. Not passed on to uvicorn: it would end the process with the signal instead of status 0."""
-        if self._draining:
-            self.should_exit = self.force_exit = True
+        if self._draining:  # uvicorn's `force_exit` would leave the engine in the middle of a step, and the exit would abort
+            self._hurry.set()
             return
         self._draining = True
         self._readiness.draining()
@@ -112,8 +109,8 @@ class DrainingServer(uvicorn.Server):
     def _drain(self) -> None:
         log.info("draining", seconds=self._drain_seconds, requests=self._engine.pending)
         deadline = time.monotonic() + self._drain_seconds
-        while self._engine.pending and time.monotonic() < deadline:
-            time.sleep(_POLL)
+        while self._engine.pending and time.monotonic() < deadline and not self._hurry.wait(_POLL):
+            pass
         if self._engine.pending:
             log.warning("drain time is over", requests=self._engine.pending)
         self._engine.stop()

@@ -25,7 +25,7 @@ from ..metrics import EngineStats
 from ..model.runner import Runner
 from ..requests import Event, FinishReason, Request
 from .loading import HostCache, Load, Loading
-from .plan import Change, Evict, Fill, Plan, Put, Row, Sample, Sequence
+from .plan import Change, Copy, Evict, Fill, Plan, Put, Row, Sample, Sequence
 from .residency import AdapterFacts
 from .scheduler import Scheduler
 
@@ -61,7 +61,8 @@ class Engine:
         self._cache = HostCache(host_cache_bytes)
         self._loading = Loading(load, self._cache, self._on_loaded)
         self._ready: dict[Digest, Adapter] = {}  # loaded, on their way to a slot
-        self._families: dict[Digest, frozenset[str]] = {}  # of resident adapters
+        self._families: dict[Digest, frozenset[str]] = {}  # of adapters that are on the device
+        self._evictions: deque[Evict] = deque()  # to be done before anything else: their slots may be given out again
         self._warm: list[tuple[set[Digest], Future[None]]] = []  # (still missing, whom to tell)
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -235,6 +236,7 @@ class Engine:
         return self._progress or bool(self._scheduler.running)
 
     def _step(self) -> None:
+        self._evict()
         plan = self._scheduler.plan()
         for digest in plan.loads:
             self._loading.start(digest)
@@ -256,10 +258,14 @@ class Engine:
             self._check_leaks()
 
     def _apply(self, change: Change) -> None:
+        if isinstance(change, Evict):
+            self._evict(change)
+            self._observer.evicted()
+            return
         try:
             self._runner.apply([change], self._ready)
         except Exception as error:
-            if not isinstance(change, Put | Fill):
+            if isinstance(change, Copy):
                 raise
             self._put_failed(change.digest, error)
             return
@@ -267,9 +273,15 @@ class Engine:
             adapter = self._ready.pop(change.digest)
             self._families[change.digest] = frozenset(part.method for part in adapter.parts)
             self._warmed(change.digest)
-        elif isinstance(change, Evict):
+
+    def _evict(self, *more: Evict) -> None:
+        """Clear slots on the device. One that raises stays in line, and no step runs until it has been cleared."""
+        self._evictions.extend(more)
+        for change in more:
             self._families.pop(change.digest, None)
-            self._observer.evicted()
+        while self._evictions:
+            self._runner.apply([self._evictions[0]], {})
+            self._evictions.popleft()
 
     def _put_failed(self, digest: Digest, error: Exception) -> None:
         """The device would not take an adapter (out of memory, say): only those who asked for it fail."""
@@ -288,8 +300,7 @@ class Engine:
         if slots is None:
             return False
         self._scheduler.forget(digest)
-        self._families.pop(digest, None)
-        self._runner.apply([Evict(digest, slots)], {})
+        self._evict(Evict(digest, slots))
         return True
 
     def _recover(self, error: AdapterdError) -> None:
@@ -299,8 +310,9 @@ class Engine:
         for digest in self._scheduler.residency.resident:
             self._scheduler.forget(digest)  # the blocks of its prefix may never have been written
             if digest not in self._families:
-                self._withdraw(digest)
+                self._scheduler.residency.unload(digest)  # there is nothing to clear
                 self._warmed(digest, error)
+        self._progress = False  # what keeps breaking is tried once per wait, not in a loop
         self._snapshot()
         self._tell(self._scheduler.take_events())
 

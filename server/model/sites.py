@@ -132,7 +132,9 @@ class Sites:
 
     def clear(self, pool: str, slot: int) -> None:
         """Make `slot` the identity again everywhere; modules nobody acts on any more lose their hook."""
-        for name in self._where.pop((pool, slot), ()):
+        names = self._where.get((pool, slot), {})
+        while names:  # each is struck out once it is done, so that a clear that raises can be tried again
+            name = next(iter(names))
             site = self._sites[name]
             pooled = site.pools[pool]
             if slot < pooled.capacity:
@@ -144,6 +146,8 @@ class Sites:
                 site.attach()
                 if not site.pools:
                     del self._sites[name]
+            del names[name]
+        self._where.pop((pool, slot), None)
 
     def _pooled(self, name: str, part: Part) -> _Pooled:
         site = self._sites.get(name) or Site(self._modules[name], self._step)

@@ -75,7 +75,9 @@ class Pages:
             own = [blocks.pop() for _ in range(count)]
             self.tables[i, :count] = torch.tensor(own)
             for cache, stored in ((self.keys, self.k[i]), (self.values, self.v[i])):
-                cache[own] = nn.functional.pad(stored, (0, 0, 0, 0, 0, count * size - len(stored))).view(count, size, kv_heads, DIM)
+                cache[own] = nn.functional.pad(stored, (0, 0, 0, 0, 0, count * size - len(stored))).view(
+                    count, size, kv_heads, DIM
+                )
         self.unused = blocks
         self.q = self._normal(sum(count for _, count in rows), heads)
 
@@ -405,7 +407,9 @@ def test_a_model_whose_tokens_meet_outside_attention_is_refused() -> None:
     assert "mixes tokens outside attention" in refusal(Recurrent(Layer(), Layer()))
 
 
-@pytest.mark.parametrize("error", [KeyError("adapterd"), TypeError("mask"), RuntimeError("shape"), NotImplementedError("alibi")])
+@pytest.mark.parametrize(
+    "error", [KeyError("adapterd"), TypeError("mask"), RuntimeError("shape"), NotImplementedError("alibi")]
+)
 def test_a_model_that_raises_is_refused_with_its_reason(error: Exception) -> None:
     class Broken(Toy):
         def meet(self, x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def native() -> NativeKernels:
 def randomised(module: nn.Module, std: float = 0.5) -> nn.Module:
     generator = torch.Generator().manual_seed(3)
     for parameter in module.requires_grad_(False).parameters():
-        parameter.data.normal_(mean=0.3, std=std, generator=generator)
+        parameter.data.normal_(mean=0.3 if parameter.ndim == 1 else 0.0, std=std, generator=generator)
     return module
 
 

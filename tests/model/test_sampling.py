@@ -99,9 +99,7 @@ RULES = {
 
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("seed", range(3))
-def test_a_rule_allows_what_hugging_face_allows(
-    name: str, seed: int, sweep: Callable[[Tensor, SampleRow], set[int]]
-) -> None:
+def test_a_rule_allows_what_hugging_face_allows(name: str, seed: int, sweep: Callable[[Tensor, SampleRow], set[int]]) -> None:
     params, warpers = RULES[name]
     logits = logits_of(1, seed, scale=1.0)
     history = torch.tensor([[*PROMPT, *GENERATED]])

@@ -290,3 +290,21 @@ def test_a_pool_that_could_not_grow_tries_again_at_the_next_put() -> None:
             bench.sites.put(Part("probe", "p", {"first": {}}), 5)
         bench.sites.clear("p", 5)
     assert made[0].held == {1}
+
+
+def test_a_clear_that_raises_can_be_tried_again() -> None:
+    made: dict[str, Probe] = {}
+
+    def make(pool: str, module: str) -> Probe:
+        return made.setdefault(module, Probe(pool, 10))
+
+    bench = Bench(make)
+    bench.sites.put(Part("probe", "p", {"first": {}, "second": {}}), 1)
+    clear = made["second"].clear
+    made["second"].clear = lambda slot: (_ for _ in ()).throw(MemoryError)  # type: ignore[method-assign]
+    with pytest.raises(MemoryError):
+        bench.sites.clear("p", 1)
+    assert bench.sites.attached == ("second",)
+    made["second"].clear = clear  # type: ignore[method-assign]
+    bench.sites.clear("p", 1)
+    assert (bench.sites.attached, made["second"].held) == ((), set())
