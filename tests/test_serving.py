@@ -32,7 +32,7 @@ def test_this_machines_own_addresses_need_no_word(host: str) -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org", ""])
 def test_any_other_address_does(host: str) -> None:
-    with pytest.raises(ExposedError, match="is reachable from other machines .* or say --insecure"):
+    with pytest.raises(ExposedError, match=r"is reachable from other machines .* or say --insecure"):
         check_exposure(Settings(host=host))
     check_exposure(Settings(host=host, insecure=True))
 

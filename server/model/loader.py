@@ -53,20 +53,24 @@ def load_base(
 
     `prepare` may then swap modules for packed or fused ones of the same arithmetic.
 
-    Raises: UnsupportedModelError when it is no decoder or its attention is not understood.
+    Raises: UnsupportedModelError when it is no decoder, lacks weights, or its attention is not understood.
     """
     disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype="auto" if prepare else dtype,
             attn_implementation=NAME,
             local_files_only=True,
             use_safetensors=True,
+            output_loading_info=True,
         )
     except Exception as error:  # a model class may raise anything when it meets an attention it has never heard of
         reason = str(error) if isinstance(error, (ValueError, OSError)) else repr(error)
         raise UnsupportedModelError(f"{directory} is not a decoder that can be served: {reason}") from error
+    model, report = cast("tuple[nn.Module, dict[str, set[str]]]", loaded)
+    if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers and goes on
+        raise UnsupportedModelError(f"{directory} lacks {len(missing)} of the model's tensors, {missing[0]} for one")
     nn.Module.to(model, device)
     return make_base(model, digest_of(directory), device, dtype, prepare)
 

@@ -77,9 +77,7 @@ async def test_64_requests_over_32_adapters_of_every_family(server: ServerProces
     answers = await ask_all(server.url, fleet)
     wanted = [(member, member.answers[prompt]) for prompt in PROMPTS for member in fleet]
     wrong = [
-        f"{member.name} ({member.family})"
-        for got, (member, want) in zip(answers, wanted, strict=True)
-        if not same(got, want)
+        f"{member.name} ({member.family})" for got, (member, want) in zip(answers, wanted, strict=True) if not same(got, want)
     ]
     assert not wrong
     metrics = server.http.get("/metrics").text
@@ -92,7 +90,9 @@ async def test_the_same_with_fewer_slots_than_adapters_and_blocks_for_few_reques
     serve: Serve, tiny_base: Path, fleet: list[Member]
 ) -> None:
     """Evictions and preemptions change nothing but the time it takes."""
-    with serve("--model", str(tiny_base), "--adapter-slots", "5", "--kv-cache-gb", "0.00008", "--max-batch-tokens", "40") as server:
+    with serve(
+        "--model", str(tiny_base), "--adapter-slots", "5", "--kv-cache-gb", "0.00008", "--max-batch-tokens", "40"
+    ) as server:
         for member in fleet:
             assert server.upload(member.name, member.files).status_code == 201
         answers = await ask_all(server.url, fleet)

@@ -131,7 +131,17 @@ void run(Call<T> c, const std::vector<Group> &groups, index_t n) {
     static thread_local Scratch scratch;
     c.low = scratch.floats(n * c.rank + 1);
     index_t count = static_cast<index_t>(groups.size()), strips = (c.out + STRIP - 1) / STRIP;
-#pragma omp parallel num_threads(threads) if (n * c.rank * (c.in + c.out) > PARALLEL_WORK)
+    bool parallel = n * c.rank * (c.in + c.out) > PARALLEL_WORK;
+    if (count >= 2 * threads) {  // decode: whole groups per thread, so that no thread waits for the others half-way
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (parallel)
+        for (index_t g = 0; g < count; g++) {
+            down(c, groups[g]);
+            for (index_t from = 0; from < c.out; from += STRIP)
+                up(c, groups[g], from, from + STRIP < c.out ? from + STRIP : c.out);
+        }
+        return;
+    }
+#pragma omp parallel num_threads(threads) if (parallel)
     {
 #pragma omp for schedule(static)
         for (index_t g = 0; g < count; g++) down(c, groups[g]);

@@ -1,0 +1,197 @@
+"""Settings in, a server's parts out: sizes, refusals of what cannot be served, and the demo's seeding."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from server import assembly
+from server.assembly import Server, assemble, cache_shape, check_adapter, choose_device, scheduler_limits, seed_demo
+from server.demo import DemoAdapter
+from server.errors import AdapterError
+from server.model.attention import UnsupportedModelError
+from server.model.loader import Base, load_base
+from server.model.runner import CacheShape, block_nbytes
+from server.settings import Settings
+from tests.e2e.uploads import lora, packed, tensors
+
+Change = Callable[[Path], None]
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base: Path) -> Base:
+    return load_base(tiny_base, torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def server(tiny_base: Path, tmp_path: Path) -> Iterator[Server]:
+    """Assembled, not started; without native kernels, which need a compiler."""
+    settings = Settings(model=str(tiny_base), store=tmp_path / "store", native=False, threads=1, kv_cache_gb=0.001)
+    server = assemble(settings)
+    yield server
+    server.engine.stop()
+    server.store.close()
+
+
+# -- sizes
+
+
+def test_the_cache_takes_what_it_is_given(base: Base) -> None:
+    settings = Settings(kv_cache_gb=0.001, block_size=8)
+    assert cache_shape(settings, base) == CacheShape(int(0.001 * 1e9) // block_nbytes(base, 8), 8)
+
+
+def test_the_cache_takes_no_more_than_the_requests_could_use(base: Base) -> None:
+    """Two requests of 64 positions in blocks of 16, one more block each for the tail of a prefix, and the null block."""
+    settings = Settings(kv_cache_gb=100, max_running=2, max_total_tokens=64)
+    assert cache_shape(settings, base) == CacheShape(2 * (4 + 1) + 1, 16)
+
+
+def test_without_a_size_the_cache_takes_a_share_of_free_memory(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = 40
+    monkeypatch.setattr(assembly, "_free_memory", lambda device: blocks * block_nbytes(base, 16) / assembly.FREE_MEMORY_SHARE)
+    assert cache_shape(Settings(), base) == CacheShape(blocks, 16)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "blocks", "got"),
+    [(0, 10_000, 4096), (100, 10_000, 100), (9999, 10_000, 4096), (0, 12, 160), (200, 12, 160)],
+    ids=["the model's", "the setting", "never more than the model's", "what the cache holds", "even if more is wanted"],
+)
+def test_the_context_of_a_request(base: Base, wanted: int, blocks: int, got: int) -> None:
+    limits = scheduler_limits(Settings(max_total_tokens=wanted), base, CacheShape(blocks, 16))
+    assert limits.max_total_tokens == got
+
+
+def test_the_device_and_dtype_that_auto_stands_for() -> None:
+    auto = (torch.device("cuda"), torch.bfloat16) if torch.cuda.is_available() else (torch.device("cpu"), torch.float32)
+    assert choose_device(Settings()) == auto
+    assert choose_device(Settings(device="cpu", dtype="bfloat16")) == (torch.device("cpu"), torch.bfloat16)
+
+
+# -- what cannot be served
+
+
+def without_tokenizer(directory: Path) -> None:
+    for path in directory.glob("tokenizer*"):
+        path.unlink()
+
+
+def with_a_torn_config(directory: Path) -> None:
+    (directory / "config.json").write_text("{")
+
+
+def with_torn_weights(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def without_a_tensor(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def with_a_tensor_of_another_shape(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"] = torch.zeros(7)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (without_tokenizer, "has no fast tokenizer"),
+        (with_a_torn_config, "is not a decoder that can be served: .*config.json"),
+        (with_torn_weights, "is not a decoder that can be served: "),
+        (without_a_tensor, "lacks 1 of the model's tensors, model.layers.1.mlp.up_proj.weight for one"),
+        (with_a_tensor_of_another_shape, "is not a decoder that can be served: "),
+    ],
+)
+def test_a_broken_model_directory_is_refused_by_name(tiny_base: Path, tmp_path: Path, change: Change, words: str) -> None:
+    directory = tmp_path / "broken"
+    shutil.copytree(tiny_base, directory)
+    change(directory)
+    with pytest.raises(UnsupportedModelError, match=f"{directory} {words}"):
+        assemble(Settings(model=str(directory), store=tmp_path / "store", native=False, threads=1, kv_cache_gb=0.001))
+
+
+# -- adapters
+
+
+def saved(files: dict[str, bytes], directory: Path) -> Path:
+    directory.mkdir()
+    for name, data in files.items():
+        (directory / name).write_bytes(data)
+    return directory
+
+
+def test_check_tells_what_an_upload_would_be(tiny_base: Path, tmp_path: Path) -> None:
+    report = check_adapter(saved(lora(1), tmp_path / "good"), Settings(model=str(tiny_base)))
+    assert report["methods"] == ["lora"]
+
+
+def test_check_heeds_the_limits_of_the_settings(tiny_base: Path, tmp_path: Path) -> None:
+    directory = saved(lora(1), tmp_path / "wide")
+    with pytest.raises(AdapterError, match=r"4.*2|2.*4"):
+        check_adapter(directory, Settings(model=str(tiny_base), max_rank=2))
+
+
+def test_check_says_why_not(tiny_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="peft_type"):
+        check_adapter(saved(packed(tensors(1), peft_type="VERA"), tmp_path / "bad"), Settings(model=str(tiny_base)))
+
+
+# -- the demo
+
+
+class Local(DemoAdapter):
+    """A demo adapter in a directory of the test's."""
+
+    root: Path
+
+    @property
+    def directory(self) -> Path:
+        return self.root / self.name
+
+
+@pytest.fixture
+def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Local, "root", tmp_path, raising=False)
+    names = {"one": "ann", "two": None}
+    for seed, name in enumerate(names):
+        saved(lora(seed), tmp_path / name)
+    monkeypatch.setattr(assembly, "DEMO", tuple(Local(name, user, "lora", "") for name, user in names.items()))
+
+
+@pytest.mark.usefixtures("demo")
+def test_seeding_the_demo_twice_changes_nothing(server: Server) -> None:
+    seed_demo(server)
+    seed_demo(server)
+    records, _ = server.store.list("default")
+    assert {(record.name, record.version, record.method) for record in records} == {("one", 1, "lora"), ("two", 1, "lora")}
+    users, _ = server.store.list_users("default")
+    assert {(user.user_id, user.adapter_id) for user in users} == {("ann", "one")}
+
+
+def test_the_demo_on_another_base_says_which_it_needs(server: Server) -> None:
+    with pytest.raises(AdapterError, match=r"^--demo: its adapters were trained on smollm2-135m-instruct; pirate-lora: "):
+        seed_demo(server)
+    assert server.store.count() == 0
+
+
+def test_what_info_says_is_json_and_names_every_family(server: Server) -> None:
+    info = server.app.state.services.info
+    assert json.loads(json.dumps(info)) == dict(info)
+    assert info["methods"] == sorted(["lora", "ia3", "bottleneck", "bitfit", "prefix_tuning", "prompt_tuning", "p_tuning"])
+    assert info["kv_blocks_total"] == server.engine.stats().kv_blocks_total > 0
+    assert server.engine.stats().slots_total == server.settings.adapter_slots
+    assert server.readiness.phase == "loading"
