@@ -83,7 +83,9 @@ class Recipe:
     virtual_tokens: int
 
     def noise(self, *shape: int) -> Array:
-        return self.random.standard_normal(shape, dtype=np.float32) * np.float32(_SCALE)
+        """Random weights of bf16 precision in fp32, as training in bf16 leaves them."""
+        weights: Array = self.random.standard_normal(shape, dtype=np.float32) * np.float32(_SCALE)
+        return (weights.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def make_adapter(

@@ -230,6 +230,9 @@ class Scheduler:
         lengths = [self.residency.facts(d).virtual for d in sequence.adapters]
         if sum(1 for n in lengths if n) > 1:
             raise ValidationError("`compose` takes at most one adapter with a prefix or soft prompt")
+        pools = [pool for d in sequence.adapters for pool in self.residency.facts(d).pools]
+        if len(pools) != len(set(pools)):
+            raise ValidationError("`compose` cannot apply two adapters of one family and size to one request")
         if sequence.request is not None:
             self._check_length(sequence.request, sum(lengths))
         return sum(lengths)

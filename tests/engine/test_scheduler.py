@@ -168,6 +168,16 @@ def test_two_prefixes_cannot_be_composed() -> None:
     assert isinstance(bench.events[-1].error, ValidationError)
 
 
+def test_two_adapters_of_one_pool_cannot_be_composed() -> None:
+    bench = Bench()
+    twin = Digest("d" * 64)
+    FACTS[twin] = AdapterFacts(("lora:16",))
+    bench.submit("a", [1, 3], LORA, twin)
+    bench.run()
+    assert "one family and size" in str(bench.events[-1].error)
+    bench.scheduler.check_idle()
+
+
 def test_running_out_of_blocks_preempts_the_youngest_and_loses_nothing() -> None:
     bench = Bench(blocks=9, block_size=2)
     for id in "abcd":
