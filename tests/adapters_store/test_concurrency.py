@@ -65,7 +65,7 @@ def test_collecting_never_takes_a_blob_that_is_being_published(stores: list[Stor
             done[thread].set()
         return 0
 
-    assert sum(at_once(work, stores)) > 0
+    at_once(work, stores)  # whether a collector found something is a matter of luck; that it took nothing needed is not
     assert stores[0].count("acme") == len(done)
     assert stores[0].verify() == ()
 

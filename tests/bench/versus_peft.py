@@ -3,8 +3,8 @@
     python -m tests.bench.versus_peft [ROUNDS]
 
 Same base (fp32 arithmetic on both sides), same 8 LoRA adapters (r=16 on every linear layer, weights of bf16 precision like
-the base's), same 8 prompts of 128 random tokens, 64 new tokens each, greedy. Prints tokens/s of each round and the ratio; `adapterd bench --versus-peft` is the same
-over HTTP, with a client on the same cores.
+the base's), same 8 prompts of 128 random tokens, 64 new tokens each, greedy. Prints tokens/s of each round and the ratio;
+`adapterd bench --versus-peft` is the same over HTTP, with a client on the same cores.
 """
 
 from __future__ import annotations
