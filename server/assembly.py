@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from adapters_store.digest import Digest
+from adapters_store.errors import StoreError
 from adapters_store.records import JSON
 from adapters_store.store import Store
 
@@ -30,7 +31,7 @@ from .engine.engine import Engine
 from .engine.pages import Pages
 from .engine.residency import Residency
 from .engine.scheduler import Scheduler, SchedulerLimits
-from .errors import AdapterError
+from .errors import AdapterError, UnavailableError
 from .methods import build_methods
 from .methods.base import Adapter, Limits
 from .methods.read import describe, read_adapter, read_parts
@@ -73,7 +74,7 @@ def assemble(settings: Settings, report: Report = quiet) -> Server:
     base = load_base(directory, device, dtype, kernels.prepare)
     cache = cache_shape(settings, base)
     limits = scheduler_limits(settings, base, cache)
-    store = Store.open(settings.store or Path.home() / ".local" / "share" / "adapterd")
+    store = _open_store(settings.store or Path.home() / ".local" / "share" / "adapterd")
     text = Text(_tokenizer(directory), base.eos)
     metrics = Metrics(settings.model, settings.metrics_top_k)
     mailbox = Mailbox()
@@ -176,6 +177,14 @@ def _context(settings: Settings, base: Base) -> int:
 
 def _free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def _open_store(root: Path) -> Store:
+    """Raises: UnavailableError naming the directory."""
+    try:
+        return Store.open(root)
+    except StoreError as error:
+        raise UnavailableError(f"--store {root}: {error}") from error
 
 
 def _tokenizer(directory: Path) -> PreTrainedTokenizerFast:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from server import assembly
 from server.assembly import Server, assemble, cache_shape, check_adapter, choose_device, scheduler_limits, seed_demo
 from server.demo import DemoAdapter
-from server.errors import AdapterError
+from server.errors import AdapterError, UnavailableError
 from server.model.attention import UnsupportedModelError
 from server.model.loader import Base, load_base
 from server.model.runner import CacheShape, block_nbytes
@@ -122,6 +122,13 @@ def test_a_broken_model_directory_is_refused_by_name(tiny_base: Path, tmp_path: 
     change(directory)
     with pytest.raises(UnsupportedModelError, match=f"{directory} {words}"):
         assemble(Settings(model=str(directory), store=tmp_path / "store", native=False, threads=1, kv_cache_gb=0.001))
+
+
+def test_a_store_that_cannot_be_opened_is_named(tiny_base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    with pytest.raises(UnavailableError, match=f"^--store {path}: "):
+        assemble(Settings(model=str(tiny_base), store=path, native=False, threads=1, kv_cache_gb=0.001))
 
 
 # -- adapters

@@ -67,7 +67,7 @@ def load_base(
         )
     except Exception as error:  # a model class may raise anything when it meets an attention it has never heard of
         reason = str(error) if isinstance(error, (ValueError, OSError)) else repr(error)
-        raise UnsupportedModelError(f"{directory} is not a decoder that can be served: {reason}") from error
+        raise UnsupportedModelError(f"{directory} is not a decoder that can be served: {reason[:300]}") from error
     model, report = cast("tuple[nn.Module, dict[str, set[str]]]", loaded)
     if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers and goes on
         raise UnsupportedModelError(f"{directory} lacks {len(missing)} of the model's tensors, {missing[0]} for one")
