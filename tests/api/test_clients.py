@@ -33,7 +33,7 @@ class Live:
 def live(tmp_path_factory: pytest.TempPathFactory, text: Text, empty_store: Path) -> Iterator[Live]:
     world = build(shutil.copytree(empty_store, tmp_path_factory.mktemp("live") / "store"), text)
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(world.app, log_config=None, log_level="error", ws="none", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(world.app, log_config=None, ws="none", lifespan="off"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
     thread.start()
     world.add("support")

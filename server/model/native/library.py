@@ -54,6 +54,7 @@ _ATTENTION_RULES = (
 _WRITE_RULES = ("", "write names a position outside the cache")
 
 _fp32 = torch.float32
+_WEIGHTS = (torch.float32, torch.bfloat16)
 
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -168,13 +169,17 @@ class NativeKernels:
         """
         tokens, width = x.shape
         slots, rank, out = b.shape
-        _check("x", x, _fp32, (tokens, width))
-        _check("y", y, _fp32, (tokens, out))
-        _check("a", a, torch.bfloat16 if a.dtype is torch.bfloat16 else _fp32, (slots, rank, width))
-        _check("b", b, a.dtype, (slots, rank, out))
         n = index.numel()
-        _check("index", index, torch.int64, (n,))
-        _check("slot", slot, torch.int64, (n,))
+        fits = a.shape == (slots, rank, width) and y.shape == (tokens, out) and slot.shape == index.shape == (n,)
+        dense = all(tensor.is_contiguous() for tensor in (x, y, a, b, index, slot))
+        typed = x.dtype is _fp32 and y.dtype is _fp32 and a.dtype is b.dtype and index.dtype is slot.dtype is torch.int64
+        if not (fits and dense and typed and a.dtype in _WEIGHTS):  # one cheap look here, the words only where it fails
+            _check("x", x, _fp32, (tokens, width))
+            _check("y", y, _fp32, (tokens, out))
+            _check("a", a, torch.bfloat16 if a.dtype is torch.bfloat16 else _fp32, (slots, rank, width))
+            _check("b", b, a.dtype, (slots, rank, out))
+            _check("index", index, torch.int64, (n,))
+            _check("slot", slot, torch.int64, (n,))
         broken = self._lora(
             a.dtype is torch.bfloat16, x.data_ptr(), y.data_ptr(), a.data_ptr(), b.data_ptr(), index.data_ptr(),
             slot.data_ptr(), n, tokens, slots, width, out, rank,
