@@ -36,17 +36,17 @@ class SampleRow:
 def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Token | None]:
     """logits [K, V] of the rows' last positions -> one token each, None where the logits are not finite."""
     logits = logits.float()
+    logprobs = logits.log_softmax(-1)
     scores = _penalised(logits, rows)
     chosen = scores.argmax(-1)
     drawn = [i for i, row in enumerate(rows) if row.sampling.do_sample]
     if drawn:
         at = torch.tensor(drawn, device=logits.device)
         chosen[at] = _draw(scores[at], [rows[i] for i in drawn])
-    # A NaN or +inf anywhere in a row makes its normaliser, and so this logprob, NaN: one look per row suffices.
-    total = logits.logsumexp(-1, keepdim=True)
-    picked = (logits.gather(1, chosen[:, None]) - total)[:, 0]
+    # A NaN anywhere in a row makes its whole log-softmax NaN; +inf does too. One look at the chosen score suffices.
+    picked = logprobs.gather(1, chosen[:, None])[:, 0]
     top_n = max((row.sampling.top_n for row in rows), default=0)
-    top = torch.topk(logits - total, top_n, dim=-1) if top_n else None
+    top = torch.topk(logprobs, top_n, dim=-1) if top_n else None
     ids, picked_list = chosen.tolist(), picked.tolist()  # the step's one wait for the device
     best_ids, best = (top.indices.tolist(), top.values.tolist()) if top else ([], [])
     tokens: list[Token | None] = []
