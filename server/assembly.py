@@ -32,6 +32,7 @@ from .engine.pages import Pages
 from .engine.residency import Residency
 from .engine.scheduler import Scheduler, SchedulerLimits
 from .errors import AdapterError, UnavailableError
+from .memory import Reclaimer
 from .methods import build_methods
 from .methods.base import Adapter, Limits
 from .methods.read import describe, read_adapter, read_parts
@@ -65,13 +66,15 @@ class Server:
 
 def assemble(settings: Settings, report: Report = quiet) -> Server:
     """Load the base and put everything together. Raises: AdapterdError naming what is wrong."""
-    runtime_bytes = psutil.Process().memory_info().rss  # interpreter and libraries, before anything is loaded
     device, dtype = choose_device(settings)
     threads = settings.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     directory = resolve(settings.model, default_home(), report)
     kernels = choose_kernels(device, dtype, settings.native, default_home(), lambda line: report(line, 0, 0))
     base = load_base(directory, device, dtype, kernels.prepare)
+    reclaimer = Reclaimer()
+    reclaimer.trim()  # the weights as they were before they were packed
+    runtime_bytes = max(0, psutil.Process().memory_info().rss - base.nbytes)  # interpreter, libraries, buffers
     cache = cache_shape(settings, base)
     limits = scheduler_limits(settings, base, cache)
     store = _open_store(settings.store or Path.home() / ".local" / "share" / "adapterd")
@@ -83,7 +86,7 @@ def assemble(settings: Settings, report: Report = quiet) -> Server:
         Scheduler(
             Pages(cache.blocks, cache.block_size), Residency(settings.adapter_slots), limits, base.shape.digest, base.eos
         ),
-        _loader(store, base, settings),
+        _loader(store, base, settings, reclaimer),
         metrics,
         mailbox.publish,
         settings.host_cache_mb << 20,
@@ -95,7 +98,7 @@ def assemble(settings: Settings, report: Report = quiet) -> Server:
         store=store,
         metrics=metrics,
         settings=settings,
-        validate=lambda paths, digest: check_files(paths, base, settings),
+        validate=_validator(base, settings, reclaimer),
         model_name=settings.model,
         mailbox=mailbox,
         max_total_tokens=limits.max_total_tokens,
@@ -202,11 +205,23 @@ def upload_limits(settings: Settings) -> Limits:
     return Limits(max_rank=settings.max_rank, max_virtual_tokens=settings.max_virtual_tokens)
 
 
-def _loader(store: Store, base: Base, settings: Settings) -> Callable[[Digest], Adapter]:
+def _loader(store: Store, base: Base, settings: Settings, reclaimer: Reclaimer) -> Callable[[Digest], Adapter]:
     def load(digest: Digest) -> Adapter:
-        return read_adapter(store.files(digest), base.shape, upload_limits(settings), digest)
+        adapter = read_adapter(store.files(digest), base.shape, upload_limits(settings), digest)
+        reclaimer.passed(2 * adapter.nbytes)  # the file's tensors, and soon the adapter itself
+        return adapter
 
     return load
+
+
+def _validator(
+    base: Base, settings: Settings, reclaimer: Reclaimer
+) -> Callable[[Mapping[str, Path], Digest], Mapping[str, JSON]]:
+    def validate(paths: Mapping[str, Path], digest: Digest) -> Mapping[str, JSON]:
+        reclaimer.passed(2 * sum(path.stat().st_size for path in paths.values()))
+        return check_files(paths, base, settings)
+
+    return validate
 
 
 def _info(

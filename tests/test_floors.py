@@ -24,6 +24,7 @@ FLOORS: Mapping[str, int] = {
     "server": 0,
     "server.errors": 0,
     "server.logs": 0,
+    "server.memory": 0,
     "server.metrics": 0,
     "server.requests": 0,
     "server.settings": 0,

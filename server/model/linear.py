@@ -40,7 +40,8 @@ class WideningEmbedding(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         """weight [V, hidden]."""
         super().__init__()
-        self.weight = nn.Parameter(_compact(weight), requires_grad=False)
+        # A copy of its own: a view into the checkpoint would keep the whole file mapped.
+        self.weight = nn.Parameter(_compact(weight).clone(), requires_grad=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., hidden] fp32."""
