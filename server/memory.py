@@ -13,7 +13,7 @@ import threading
 class Reclaimer:
     """Trims the heap each time `every` bytes have passed through it. Any thread."""
 
-    def __init__(self, every: int = 64 << 20) -> None:
+    def __init__(self, every: int = 16 << 20) -> None:
         self._every = every
         self._passed = 0
         self._lock = threading.Lock()
