@@ -102,11 +102,6 @@ class Pages:
             found.append(block)
         return found
 
-    def forget_idle(self) -> None:
-        """Drop every cached block nobody holds."""
-        while self._idle:
-            self._free.append(self._reclaim())
-
     def check(self) -> None:
         """Raises: RuntimeError when a block is lost or counted twice."""
         held = {block for block, count in enumerate(self._holders) if count}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -115,9 +116,7 @@ class Runner:
         """One step. Returns a sample for each row that reached its end, and prompt scores where they were asked for."""
         rows = order_rows(rows)
         kept = [_kept_positions(row) for row in rows]
-        begins = [0]
-        for row in rows:
-            begins.append(begins[-1] + row.count)
+        begins = list(accumulate((row.count for row in rows), initial=0))
         keep = [begin + offset for begin, offsets in zip(begins, kept, strict=False) for offset in offsets]
         self._batch.fill(rows, keep)
         logits = self._forward(rows, begins)
@@ -146,7 +145,7 @@ class Runner:
         return embedded
 
     def _sample(self, rows: Sequence[Row], kept: Sequence[range], logits: Tensor) -> dict[Seq, Sample]:
-        ends = torch.tensor([len(offsets) for offsets in kept]).cumsum(0).tolist()
+        ends = list(accumulate(len(offsets) for offsets in kept))
         finished = [i for i, row in enumerate(rows) if row.samples]
         tokens: dict[int, Token | None] = {}
         if finished:
