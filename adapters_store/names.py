@@ -12,7 +12,7 @@ from .errors import Invalid
 
 NameField = Literal["tenant", "adapter_id", "user_id"]
 
-MAX_NAME = 128  # characters, also of a file name
+MAX_NAME = 128  # characters, also of each component of a file name
 
 _PUNCTUATION = {"tenant": "-_.:/@+", "adapter_id": "-_.:/", "user_id": "-_.:/@+"}
 
@@ -33,12 +33,19 @@ def check_name(field: NameField, value: str) -> str:
 
 
 def check_file_name(value: str) -> str:
-    """`value` itself: one printable path component. Which names an upload may hold is its caller's business.
+    """`value` itself: "file", or "part/file" in an upload of several parts. Which names may come is its caller's business.
 
     Raises: Invalid naming the rule and the value.
     """
-    if not 1 <= len(value) <= MAX_NAME:
-        raise Invalid("files", f"a file name must have 1 to {MAX_NAME} characters, has {len(value)}", value)
-    if not value.isprintable() or "/" in value or "\\" in value or not value.strip("."):
-        raise Invalid("files", "a file name must be printable, without separators, and more than dots", value)
+    if value.count("/") > 1:
+        raise Invalid("files", "a file name must have at most one '/', between part and file", value)
+    for component in value.split("/"):
+        _check_component(component, value)
     return value
+
+
+def _check_component(component: str, value: str) -> None:
+    if not 1 <= len(component) <= MAX_NAME:
+        raise Invalid("files", f"a file name must have 1 to {MAX_NAME} characters, has {len(component)}", value)
+    if not component.isprintable() or "\\" in component or not component.strip("."):
+        raise Invalid("files", "a file name must be printable, without backslashes, and more than dots", value)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from decimal import ROUND_UP, Decimal
 from pathlib import Path
 
 import psutil
@@ -23,7 +24,7 @@ from adapters_store.store import Store
 
 from . import __version__
 from .api.app import create_app
-from .api.context import Readiness
+from .api.readiness import Readiness
 from .demo import BASE as DEMO_BASE
 from .demo import DEMO, DemoAdapter
 from .engine.client import Mailbox
@@ -31,7 +32,7 @@ from .engine.engine import Engine
 from .engine.pages import Pages
 from .engine.residency import Residency
 from .engine.scheduler import Scheduler, SchedulerLimits
-from .errors import AdapterError, UnavailableError
+from .errors import AdapterdError, AdapterError, UnavailableError
 from .memory import Reclaimer
 from .methods import build_methods
 from .methods.base import Adapter, Limits
@@ -50,6 +51,12 @@ log = structlog.get_logger(__name__)
 
 FREE_MEMORY_SHARE = 0.25  # of what is free after the base is loaded, for the KV cache
 MAX_CONTEXT = 8192
+MIN_BLOCKS = 4  # the null block, one for the copy of a prefix's last block, and two of text
+FETCHED, LOADED = 50.0, 90.0  # percent of a start, by and large
+
+
+class CacheSizeError(AdapterdError):
+    """`--kv-cache-gb` is too small to serve anything."""
 
 
 @dataclass(frozen=True)
@@ -64,25 +71,35 @@ class Server:
     readiness: Readiness
 
 
-def assemble(settings: Settings, report: Report = quiet) -> Server:
-    """Load the base and put everything together. Raises: AdapterdError naming what is wrong."""
+def assemble(settings: Settings, report: Report = quiet, readiness: Readiness | None = None) -> Server:
+    """Load the base and put everything together; `readiness` is told how far it is.
+
+    Raises: AdapterdError naming what is wrong.
+    """
+    readiness = readiness or Readiness("loading")
     device, dtype = choose_device(settings)
     threads = settings.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    directory = resolve(settings.model, default_home(), report)
+    directory = resolve(settings.model, default_home(), _counted(report, readiness))
+    readiness.loading(FETCHED)
     kernels = choose_kernels(device, dtype, settings.native, default_home(), lambda line: report(line, 0, 0))
     base = load_base(directory, device, dtype, kernels.prepare)
+    readiness.loading(LOADED)
     reclaimer = Reclaimer()
     reclaimer.trim()  # the weights as they were before they were packed
-    runtime_bytes = max(0, psutil.Process().memory_info().rss - base.nbytes)  # interpreter, libraries, buffers
     cache = cache_shape(settings, base)
     limits = scheduler_limits(settings, base, cache)
     store = _open_store(settings.store or Path.home() / ".local" / "share" / "adapterd")
-    text = Text(_tokenizer(directory), base.eos)
+    text = Text(tokenizer_of(directory), base.eos)
+    base = replace(base, shape=replace(base.shape, tokens=text.encode_piece))
     metrics = Metrics(settings.model, settings.metrics_top_k)
     mailbox = Mailbox()
+    runner = Runner(base, cache, build_methods(kernels.lora, kernels.linear), kernels.attention, kernels.write)
+    written = runner.warm_up(min(limits.max_batch_tokens, limits.max_total_tokens))
+    # Interpreter, libraries, tokenizer, and the buffers of a full step.
+    runtime_bytes = max(0, psutil.Process().memory_info().rss - base.nbytes - written)
     engine = Engine(
-        Runner(base, cache, build_methods(kernels.lora), kernels.attention, kernels.write),
+        runner,
         Scheduler(
             Pages(cache.blocks, cache.block_size), Residency(settings.adapter_slots), limits, base.shape.digest, base.eos
         ),
@@ -91,7 +108,6 @@ def assemble(settings: Settings, report: Report = quiet) -> Server:
         mailbox.publish,
         settings.host_cache_mb << 20,
     )
-    readiness = Readiness("loading")
     app = create_app(
         engine=engine,
         text=text,
@@ -108,6 +124,17 @@ def assemble(settings: Settings, report: Report = quiet) -> Server:
     )
     log.info("base model ready", model=settings.model, digest=base.shape.digest.short, kernels=kernels.name)
     return Server(settings, base, engine, store, app, readiness)
+
+
+def _counted(report: Report, readiness: Readiness) -> Report:
+    """`report`, which also moves the percentage while the base is fetched and converted, each from 0 to its total."""
+
+    def counted(what: str, done: int, total: int) -> None:
+        if total:
+            readiness.loading(max(readiness.percent, FETCHED * min(1.0, done / total) / 2))
+        report(what, done, total)
+
+    return counted
 
 
 def seed_demo(server: Server) -> None:
@@ -134,12 +161,6 @@ def _seed(server: Server, demo: DemoAdapter, tenant: str) -> None:
         store.bind_user(tenant, demo.user_id, demo.name)
 
 
-def check_adapter(directory: Path, settings: Settings) -> Mapping[str, JSON]:
-    """What an upload of `directory` would be. Raises: AdapterError naming why it would be refused."""
-    base = load_base(resolve(settings.model, default_home()), torch.device("cpu"), torch.float32)
-    return check_files({path.name: path for path in directory.iterdir() if path.is_file()}, base, settings)
-
-
 def check_files(paths: Mapping[str, Path], base: Base, settings: Settings) -> Mapping[str, JSON]:
     """Validation as `POST /adapters` does it: with the very reader that later loads the adapter."""
     return describe(read_parts(paths, base.shape, upload_limits(settings)))
@@ -155,11 +176,26 @@ def choose_device(settings: Settings) -> tuple[torch.device, torch.dtype]:
 
 
 def cache_shape(settings: Settings, base: Base) -> CacheShape:
-    """Blocks that fit the memory given, but no more than `max_running` requests of full length could use."""
+    """Blocks that fit the memory given, but no more than `max_running` requests of full length could use.
+
+    Raises: CacheSizeError when the memory that was asked for holds next to nothing.
+    """
     per_block = block_nbytes(base, settings.block_size)
     budget = int(settings.kv_cache_gb * 1e9) if settings.kv_cache_gb else int(_free_memory(base.device) * FREE_MEMORY_SHARE)
     useful = settings.max_running * (-(-_context(settings, base) // settings.block_size) + 1) + 1
-    return CacheShape(max(4, min(budget // per_block, useful)), settings.block_size)
+    blocks = min(budget // per_block, useful)
+    if settings.kv_cache_gb and budget // per_block < MIN_BLOCKS:
+        raise CacheSizeError(
+            f"--kv-cache-gb {settings.kv_cache_gb:g} holds {budget // per_block} blocks of --block-size {settings.block_size}; "
+            f"at least {MIN_BLOCKS} are needed, which is --kv-cache-gb {_rounded_up(MIN_BLOCKS * per_block / 1e9)}"
+        )
+    return CacheShape(max(MIN_BLOCKS, blocks), settings.block_size)
+
+
+def _rounded_up(size: float) -> str:
+    """Two digits that are no less than `size`, as a flag takes them."""
+    step = Decimal(1).scaleb(Decimal(size).adjusted() - 1)
+    return f"{Decimal(size).quantize(step, ROUND_UP).normalize():f}"
 
 
 def scheduler_limits(settings: Settings, base: Base, cache: CacheShape) -> SchedulerLimits:
@@ -190,7 +226,7 @@ def _open_store(root: Path) -> Store:
         raise UnavailableError(f"--store {root}: {error}") from error
 
 
-def _tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+def tokenizer_of(directory: Path) -> PreTrainedTokenizerFast:
     """Raises: UnsupportedModelError when there is none that runs without Python code."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -202,7 +238,11 @@ def _tokenizer(directory: Path) -> PreTrainedTokenizerFast:
 
 
 def upload_limits(settings: Settings) -> Limits:
-    return Limits(max_rank=settings.max_rank, max_virtual_tokens=settings.max_virtual_tokens)
+    return Limits(
+        max_rank=settings.max_rank,
+        max_virtual_tokens=settings.max_virtual_tokens,
+        max_full_bytes=int(settings.max_full_mb * (1 << 20)),
+    )
 
 
 def _loader(store: Store, base: Base, settings: Settings, reclaimer: Reclaimer) -> Callable[[Digest], Adapter]:

@@ -7,13 +7,13 @@ server speak HTTP to it, so they can do nothing that a client could not. Heavy i
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import json
 import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from urllib.parse import quote
@@ -111,16 +111,21 @@ def _serve(**flags: Any) -> None:
 
 
 def _load_and_serve(settings: Settings, listener: socket.socket) -> None:
-    from .assembly import assemble, seed_demo
-    from .model.pull import console_report
-    from .serving import serve
+    from .api.readiness import Readiness
+    from .serving import Front
 
-    with console_report() as report:
-        server = assemble(settings, report)
-    if settings.demo:
-        seed_demo(server)
-    started = functools.partial(_announce, settings)
-    serve(server.app, server.engine, server.readiness, listener, settings.drain_seconds, started)
+    readiness = Readiness("loading")
+    with Front(listener, readiness) as front:
+        from .assembly import assemble, seed_demo
+        from .model.pull import console_report
+
+        with console_report() as report:
+            server = assemble(settings, report, readiness)
+        if settings.demo:
+            seed_demo(server)
+        front.open(server.app, server.engine, settings.drain_seconds)
+        _announce(settings, front.url)
+        front.wait()
 
 
 def _announce(settings: Settings, url: str) -> None:
@@ -151,6 +156,25 @@ def pull(
 def version() -> None:
     """Print the version."""
     print(__version__)
+
+
+@app.command()
+def methods(
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's tables.")] = False,
+    update: Annotated[Path | None, typer.Option("--update", help="Rewrite the tables in this README.", dir_okay=False)] = None,
+) -> None:
+    """The families that are served, and what each is read from."""
+    from .supported import families, markdown, updated
+
+    if update is not None:
+        update.write_text(updated(update.read_text(encoding="utf-8")), encoding="utf-8")
+    elif as_markdown:
+        print(markdown())
+    else:
+        table = Table("method", "read from", box=None)
+        for family in families():
+            table.add_row(family.name, family.sources)
+        Console().print(table)
 
 
 # -- bench -----------------------------------------------------------------------------------------------------------
@@ -197,15 +221,16 @@ def upload(
     directory: Annotated[Path, typer.Argument(help="What save_pretrained() wrote.", exists=True, file_okay=False)],
     url: Url = LOCAL,
 ) -> None:
-    """Upload an adapter's directory; prints the record."""
-    files = [path for path in sorted(directory.iterdir()) if path.is_file()]
-    with httpx.Client(base_url=url, timeout=600) as client:
-        parts = [("files", (path.name, path.open("rb"), "application/octet-stream")) for path in files]
-        try:
-            _show(client.post("/adapters", data={"adapter_id": adapter_id}, files=parts))
-        finally:
-            for _, (_, file, _) in parts:
-                file.close()
+    """Upload an adapter's directory, and those in it that hold an adapter as its further parts; prints the record."""
+    from .checkpoints.folder import Folder
+    from .checkpoints.parts import parts_of
+
+    files = Folder.of(directory).files
+    parts_of(files)  # what is missing or pickled need not travel to be refused
+    with ExitStack() as opened, httpx.Client(base_url=url, timeout=600) as client:
+        streams = {name: opened.enter_context(path.open("rb")) for name, path in files.items()}
+        parts = [("files", (name, stream, "application/octet-stream")) for name, stream in streams.items()]
+        _show(client.post("/adapters", data={"adapter_id": adapter_id}, files=parts))
 
 
 @adapters.command("list")
@@ -241,11 +266,34 @@ def check(
     model: Annotated[
         str, typer.Option("--model", envvar="ADAPTERD_MODEL", help="The base to check it against.")
     ] = DEFAULT_MODEL,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole report as JSON.")] = False,
 ) -> None:
-    """Offline: what an upload of this directory would be, or why it would be refused."""
-    from .assembly import check_adapter
+    """Offline: what an upload of this directory would be, or why it would be refused (exit status 1)."""
+    from .check import check_directory
+    from .model.pull import console_report
+    from .report import render_verdict
 
-    print(json.dumps(check_adapter(directory, _settings(model=model)), indent=2))
+    with console_report() as report:
+        verdict = check_directory(directory, _settings(model=model), report)
+    if as_json:
+        print(json.dumps(verdict.to_json(), indent=2))
+    else:
+        Console().print(render_verdict(directory, verdict))
+    if verdict.refusal is not None:
+        _complain(str(verdict.refusal))
+        sys.exit(1)
+
+
+@adapters.command("convert")
+def convert(
+    directory: Annotated[Path, typer.Argument(help="What save_pretrained() wrote.", exists=True, file_okay=False)],
+    out: Annotated[Path | None, typer.Option("--out", help="Where to write; beside the pickles without it.")] = None,
+) -> None:
+    """Turn the pickled weights (.bin) of an adapter that you trust into safetensors; nothing is deleted."""
+    from .checkpoints.folder import convert as converted
+
+    for done in converted(directory, out or directory):
+        print(f"{done.source} -> {done.target} ({done.tensors} tensors)")
 
 
 @users.command("bind")

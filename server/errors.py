@@ -68,6 +68,7 @@ class AdapterError(AdapterdError):
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")
         self.field = field
+        self.reason = message
 
 
 class TooLargeError(AdapterdError):
@@ -112,5 +113,11 @@ class GenerationError(AdapterdError):
 
 
 class UnavailableError(AdapterdError):
+    """`retry_after` is in seconds, where it is known."""
+
     status = 503
     error_type = "unavailable"
+
+    def __init__(self, message: str = "the server is not available", retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after

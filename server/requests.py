@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Literal
 
 from adapters_store.digest import Digest
 
 from .errors import AdapterdError
+from .recipes import Recipe
+
+#: What a request wants. All but `generate` end after the prefill, with `Event.scores` and no token.
+#:     classify  the logits of its adapter's head, one row per text (SEQ_CLS) or per prompt token (TOKEN_CLS)
+#:     embed     one row: the final hidden state, pooled as `Request.pooling` says
+#:     score     one row: the logprobs of `Request.choices` as the token after the prompt
+Task = Literal["generate", "classify", "embed", "score"]
 
 
 class FinishReason(StrEnum):
+    SCORED = "scored"  # a task that generates nothing is done
     LENGTH = "length"
     EOS = "eos_token"
     STOP = "stop_sequence"
@@ -42,7 +51,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One generation. `adapters` are content digests (empty = base model only), applied together."""
+    """One unit of work. `adapters` are content digests (empty = base model only), applied together."""
 
     id: str
     tenant: str
@@ -50,6 +59,10 @@ class Request:
     prompt: tuple[int, ...]
     sampling: Sampling
     arrival: float = 0.0  # time.monotonic() when it was accepted, seconds
+    task: Task = "generate"
+    pooling: Literal["last", "mean"] = "mean"  # of task "embed"; a head has its own
+    choices: tuple[int, ...] = ()  # of task "score": token ids
+    recipes: tuple[Recipe, ...] = ()  # of those `adapters` that no store holds: how each is computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,3 +85,4 @@ class Event:
     prompt: tuple[Token, ...] = ()  # with the first token, when prompt_logprobs was asked for
     cached_tokens: int = field(default=0)  # prompt positions that came from the prefix cache
     queue_seconds: float | None = None  # on the first event: time from arrival to the first step
+    scores: tuple[tuple[float, ...], ...] = ()  # with finish SCORED: rows of finite numbers, see Task

@@ -1,5 +1,6 @@
 """Serving: one process from bind to exit, with a drain in between. Knows uvicorn and signals; no route, no model.
 
+bind -> listen -> /livez 200, /readyz 503 with a percentage while the base is loaded -> open -> requests
 SIGTERM -> readiness 503 -> running requests finish, at most `drain_seconds` -> the rest end with an error -> exit 0
 """
 
@@ -7,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import signal
 import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Self
 
 import structlog
 import uvicorn
@@ -22,10 +25,13 @@ from fastapi import FastAPI
 from adapters_store.errors import StoreError
 from adapters_store.store import Store
 
-from .api.context import Readiness
-from .engine.engine import Engine
+from .api.gate import Gate
+from .api.readiness import Readiness
 from .errors import AdapterdError
 from .settings import Settings
+
+if TYPE_CHECKING:  # it takes long to import, and the port is to open before
+    from .engine.engine import Engine
 
 log = structlog.get_logger(__name__)
 
@@ -86,35 +92,105 @@ async def _sweep(store: Store) -> None:
             log.exception("the store could not be swept")
 
 
-class DrainingServer(uvicorn.Server):
-    """uvicorn, except that the first SIGTERM or SIGINT drains and a second one ends the drain."""
+class Front:
+    """Listens and answers on a thread of its own from the first moment; `open` puts the application behind it.
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, readiness: Readiness, drain_seconds: float) -> None:
-        super().__init__(config)
-        self._engine = engine
+    The main thread loads meanwhile, so that a signal ends a load at once; later it only waits for signals.
+
+    Usage:
+        with Front(listener, readiness) as front:
+            server = assemble(...)
+            front.open(server.app, server.engine, drain_seconds)
+            front.wait()
+    """
+
+    def __init__(self, listener: socket.socket, readiness: Readiness) -> None:
+        """`listener` is bound (see `bind`)."""
+        host, port = listener.getsockname()[:2]
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        self._listener = listener
         self._readiness = readiness
-        self._drain_seconds = drain_seconds
-        self._draining = False
+        self._gate = Gate(readiness)
+        self._server = uvicorn.Server(_config(self._gate))
+        self._thread = threading.Thread(target=self._serve, name="http")
+        self._failure: BaseException | None = None
+        self._drain: Drain | None = None
+
+    def __enter__(self) -> Self:
+        """Begin to listen. Raises: AddressError when another process began to listen on the address after `bind`."""
+        host, port = self._listener.getsockname()[:2]
+        try:
+            self._listener.listen(2048)
+        except OSError as error:
+            raise _refused(host, port, error) from error
+        self._thread.start()
+        while not self._gate.started.wait(_POLL):
+            if not self._thread.is_alive():
+                self.wait()
+        log.info("listening", url=self.url)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+
+    def open(self, app: FastAPI, engine: Engine, drain_seconds: float) -> None:
+        """Let requests through to `app`; from now on the first SIGTERM or SIGINT drains, and a second one ends the drain."""
+        self._drain = Drain(engine, drain_seconds, self._end)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._signalled)
+        self._gate.open(app)
+
+    def wait(self) -> None:
+        """Until the server has ended. Raises: what ended it, if nobody asked it to."""
+        while self._thread.is_alive():
+            self._thread.join(1)  # the handler of a signal that another thread was given runs within this time
+        if self._failure is not None:
+            raise self._failure
+
+    def _signalled(self, number: int, frame: FrameType | None) -> None:
+        if self._drain is not None:
+            self._readiness.draining()
+            self._drain.signalled()
+
+    def _end(self) -> None:
+        self._server.should_exit = True
+
+    def _serve(self) -> None:
+        try:
+            self._server.run(sockets=[self._listener])
+        except BaseException as error:
+            self._failure = error
+
+
+class Drain:
+    """The end of a server: running requests finish, at most `seconds`, and a second signal ends the wait."""
+
+    def __init__(self, engine: Engine, seconds: float, done: Callable[[], None]) -> None:
+        """`done` is called when the engine has stopped."""
+        self._engine = engine
+        self._seconds = seconds
+        self._done = done
+        self._begun = False
         self._hurry = threading.Event()
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal came. Not passed on to uvicorn: it would end the process with the signal instead of status 0."""
-        if self._draining:  # uvicorn's `force_exit` would leave the engine in the middle of a step, and the exit would abort
+    def signalled(self) -> None:
+        """Returns at once. Never ends the process: the engine would be in the middle of a step, and the exit would abort."""
+        if self._begun:
             self._hurry.set()
             return
-        self._draining = True
-        self._readiness.draining()
-        threading.Thread(target=self._drain, name="drain", daemon=True).start()
+        self._begun = True
+        threading.Thread(target=self._run, name="drain", daemon=True).start()
 
-    def _drain(self) -> None:
-        log.info("draining", seconds=self._drain_seconds, requests=self._engine.pending)
-        deadline = time.monotonic() + self._drain_seconds
+    def _run(self) -> None:
+        log.info("draining", seconds=self._seconds, requests=self._engine.pending)
+        deadline = time.monotonic() + self._seconds
         while self._engine.pending and time.monotonic() < deadline and not self._hurry.wait(_POLL):
             pass
         if self._engine.pending:
             log.warning("drain time is over", requests=self._engine.pending)
         self._engine.stop()
-        self.should_exit = True
+        self._done()
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -129,33 +205,16 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(
-    app: FastAPI,
-    engine: Engine,
-    readiness: Readiness,
-    listener: socket.socket,
-    drain_seconds: float,
-    started: Callable[[str], None],
-) -> None:
-    """Listen until told to stop. `started` is called with the server's URL once connections are taken.
-
-    Raises: AddressError when another process began to listen on the address after `bind`.
-    """
-    config = uvicorn.Config(
+def _config(app: Gate) -> uvicorn.Config:
+    return uvicorn.Config(
         app,
+        lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=_LAST_WORDS,
         h11_max_incomplete_event_size=1 << 16,
     )
-    host, port = listener.getsockname()[:2]
-    try:
-        listener.listen(2048)
-    except OSError as error:
-        raise _refused(host, port, error) from error
-    started(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
-    DrainingServer(config, engine, readiness, drain_seconds).run(sockets=[listener])
 
 
 def _refused(host: str, port: int, error: OSError) -> AddressError:

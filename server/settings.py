@@ -53,6 +53,7 @@ class Settings(BaseSettings):
     max_upload_mb: float = Field(256, gt=0, description="Size of one adapter upload, all files together, in MB.")
     max_rank: int = Field(256, ge=1, le=4096, description="Largest LoRA rank or bottleneck width accepted.")
     max_virtual_tokens: int = Field(512, ge=1, description="Longest prefix or soft prompt accepted, in positions.")
+    max_full_mb: float = Field(256, ge=0, description="Whole matrices (modules_to_save) in one upload, in MB; 0 takes none.")
     request_timeout: float = Field(600, gt=0, description="Seconds after which a request is ended with an error.")
     drain_seconds: float = Field(30, ge=0, description="Seconds given to running requests after SIGTERM.")
 

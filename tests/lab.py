@@ -23,7 +23,8 @@ from server.methods.base import Adapter
 from server.model.kernels import Kernels
 from server.model.loader import Base, make_base
 from server.model.runner import CacheShape, Runner
-from server.requests import Event, FinishReason, Request, Sampling
+from server.recipes import Source, digest_of
+from server.requests import Event, FinishReason, Request, Sampling, Task
 
 BASE = Digest("0" * 64)
 TORCH = Kernels("torch")
@@ -38,7 +39,7 @@ class RecordingRunner(Runner):
         at = 0
         for row, offsets in zip(rows, kept, strict=True):
             at += len(offsets)
-            if row.samples and row.sequence.request is not None:
+            if row.samples and row.sequence.request is not None and offsets:
                 self.logits.setdefault(row.sequence.request.id, []).append(logits[at - 1].clone())
         return super()._sample(rows, kept, logits)
 
@@ -47,11 +48,13 @@ class Observer:
     """Counts what the engine reports."""
 
     def __init__(self) -> None:
+        self.rows_per_step: list[int] = []
         self.adapters_per_step: list[int] = []
         self.families_per_step: list[int] = []
         self.loads = self.evictions = self.preemptions = 0
 
     def observe_step(self, rows: int, tokens: int, adapters: int, families: int, seconds: float) -> None:
+        self.rows_per_step.append(rows)
         self.adapters_per_step.append(adapters)
         self.families_per_step.append(families)
 
@@ -72,7 +75,7 @@ class _AtOnce(Loading):
     """Loads where it is asked to, so that tests depend on no thread."""
 
     def start(self, digest: Digest) -> None:
-        self._run(digest)
+        self._run(self._source(digest))
 
 
 class Lab:
@@ -95,17 +98,28 @@ class Lab:
         self.observer = Observer()
         self.events: list[Event] = []
         base: Base = make_base(model, BASE, torch.device("cpu"), torch.float32, kernels.prepare)
-        methods = build_methods(kernels.lora)
+        methods = build_methods(kernels.lora, kernels.linear)
         self.runner = RecordingRunner(base, CacheShape(blocks, block_size), methods, kernels.attention, kernels.write)
         self.runner.logits = {}
         limits = SchedulerLimits(max_batch_tokens, max_running, 1000, min(max_total_tokens, (blocks - 2) * block_size))
         self.scheduler = Scheduler(Pages(blocks, block_size), Residency(slots), limits, BASE, [2])
         self.engine = Engine(self.runner, self.scheduler, self._load, self.observer, self.events.extend, 0)
-        self.engine._loading = _AtOnce(self._load, self.engine._cache, self.engine._on_loaded)
+        self.engine._loading = _AtOnce(self._load, self.engine._cache, self.engine._on_loaded, recipes=self.engine._recipes)
 
-    def submit(self, id: str, prompt: Sequence[int], *adapters: Digest, tenant: str = "t", **sampling: object) -> None:
+    def submit(self, id: str, prompt: Sequence[int], *adapters: Source, tenant: str = "t", **sampling: object) -> None:
         params = Sampling(**{"max_new_tokens": 6, "ignore_eos": True, **sampling})  # type: ignore[arg-type]
-        self.engine.submit(Request(id, tenant, adapters, tuple(prompt), params, time.monotonic()))
+        digests = tuple(map(digest_of, adapters))
+        recipes = tuple(adapter for adapter in adapters if not isinstance(adapter, Digest))
+        self.engine.submit(Request(id, tenant, digests, tuple(prompt), params, time.monotonic(), recipes=recipes))
+
+    def ask(self, task: Task, id: str, prompt: Sequence[int], *adapters: Digest, tenant: str = "t", **more: object) -> None:
+        """Submit a task that generates nothing; `more` are fields of `Request`."""
+        request = Request(id, tenant, adapters, tuple(prompt), Sampling(0), time.monotonic(), task, **more)  # type: ignore[arg-type]
+        self.engine.submit(request)
+
+    def scores(self, id: str) -> Tensor:
+        """[rows, k] of a task that generates nothing."""
+        return torch.tensor(self.ending(id).scores)
 
     def turn(self) -> None:
         self.engine.turn()

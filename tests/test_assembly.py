@@ -12,14 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from server import assembly
-from server.assembly import Server, assemble, cache_shape, check_adapter, choose_device, scheduler_limits, seed_demo
+from server.assembly import CacheSizeError, Server, assemble, cache_shape, choose_device, scheduler_limits, seed_demo
 from server.demo import DemoAdapter
 from server.errors import AdapterError, UnavailableError
+from server.methods import METHODS
 from server.model.attention import UnsupportedModelError
 from server.model.loader import Base, load_base
 from server.model.runner import CacheShape, block_nbytes
 from server.settings import Settings
-from tests.e2e.uploads import lora, packed, tensors
+from tests.e2e.uploads import lora
 
 Change = Callable[[Path], None]
 
@@ -45,6 +46,15 @@ def server(tiny_base: Path, tmp_path: Path) -> Iterator[Server]:
 def test_the_cache_takes_what_it_is_given(base: Base) -> None:
     settings = Settings(kv_cache_gb=0.001, block_size=8)
     assert cache_shape(settings, base) == CacheShape(int(0.001 * 1e9) // block_nbytes(base, 8), 8)
+
+
+def test_a_cache_too_small_for_anything_names_the_least_that_will_do(base: Base) -> None:
+    least = assembly.MIN_BLOCKS * block_nbytes(base, 16)
+    with pytest.raises(CacheSizeError, match=r"^--kv-cache-gb 1e-06 holds 0 blocks of --block-size 16") as refused:
+        cache_shape(Settings(kv_cache_gb=1e-6), base)
+    named = float(str(refused.value).rpartition("--kv-cache-gb ")[2])
+    assert least <= named * 1e9 < least * 1.1
+    assert cache_shape(Settings(kv_cache_gb=named), base).blocks >= assembly.MIN_BLOCKS
 
 
 def test_the_cache_takes_no_more_than_the_requests_could_use(base: Base) -> None:
@@ -113,7 +123,7 @@ def with_a_tensor_of_another_shape(directory: Path) -> None:
         (with_a_torn_config, "is not a decoder that can be served: .*config.json"),
         (with_torn_weights, "is not a decoder that can be served: "),
         (without_a_tensor, "lacks 1 of the model's tensors, model.layers.1.mlp.up_proj.weight for one"),
-        (with_a_tensor_of_another_shape, "is not a decoder that can be served: "),
+        (with_a_tensor_of_another_shape, r"holds model.norm.weight in shape \[7\], the model needs \[32\]"),
     ],
 )
 def test_a_broken_model_directory_is_refused_by_name(tiny_base: Path, tmp_path: Path, change: Change, words: str) -> None:
@@ -139,22 +149,6 @@ def saved(files: dict[str, bytes], directory: Path) -> Path:
     for name, data in files.items():
         (directory / name).write_bytes(data)
     return directory
-
-
-def test_check_tells_what_an_upload_would_be(tiny_base: Path, tmp_path: Path) -> None:
-    report = check_adapter(saved(lora(1), tmp_path / "good"), Settings(model=str(tiny_base)))
-    assert report["methods"] == ["lora"]
-
-
-def test_check_heeds_the_limits_of_the_settings(tiny_base: Path, tmp_path: Path) -> None:
-    directory = saved(lora(1), tmp_path / "wide")
-    with pytest.raises(AdapterError, match=r"4.*2|2.*4"):
-        check_adapter(directory, Settings(model=str(tiny_base), max_rank=2))
-
-
-def test_check_says_why_not(tiny_base: Path, tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="peft_type"):
-        check_adapter(saved(packed(tensors(1), peft_type="VERA"), tmp_path / "bad"), Settings(model=str(tiny_base)))
 
 
 # -- the demo
@@ -198,7 +192,7 @@ def test_the_demo_on_another_base_says_which_it_needs(server: Server) -> None:
 def test_what_info_says_is_json_and_names_every_family(server: Server) -> None:
     info = server.app.state.services.info
     assert json.loads(json.dumps(info)) == dict(info)
-    assert info["methods"] == sorted(["lora", "ia3", "bottleneck", "bitfit", "prefix_tuning", "prompt_tuning", "p_tuning"])
+    assert info["methods"] == sorted(METHODS)
     assert info["kv_blocks_total"] == server.engine.stats().kv_blocks_total > 0
     assert server.engine.stats().slots_total == server.settings.adapter_slots
     assert server.readiness.phase == "loading"

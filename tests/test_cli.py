@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load, save
 from typer.testing import CliRunner, Result
 
 from server import __version__, cli
 from server.settings import Settings
-from tests.e2e.uploads import Files, lora, packed, tensors
+from tests.e2e.uploads import HIDDEN, Files, lora, packed, tensors
 from tests.process import ServerProcess, run
 
 Command = Callable[..., Result]
@@ -37,12 +39,12 @@ def ask(tiny_server: ServerProcess) -> Command:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Callable[[Files], Path]:
-    """An upload's files in a directory."""
+    """An upload's files in a directory; "part/file" in one below."""
 
     def write(files: Files) -> Path:
         path = tmp_path / "adapter"
-        path.mkdir(exist_ok=True)
         for name, data in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
             (path / name).write_bytes(data)
         return path
 
@@ -70,7 +72,7 @@ def test_serve_help_has_a_flag_with_its_text_and_default_for_every_setting() -> 
         assert f"{field.description} [default: {default}]" in text, name
 
 
-@pytest.mark.parametrize("command", ["pull", "bench", "adapters upload", "adapters check", "users bind"])
+@pytest.mark.parametrize("command", ["pull", "bench", "adapters upload", "adapters check", "adapters convert", "users bind"])
 def test_every_command_has_help(command: str) -> None:
     assert "Usage:" in done(*command.split(), "--help")
 
@@ -127,6 +129,24 @@ def test_pull_of_something_that_is_not_there(tmp_path: Path) -> None:
     assert str(tmp_path / "nothing") in said.stderr
 
 
+# -- methods
+
+
+def test_methods_are_listed_and_written_into_a_readme(tmp_path: Path) -> None:
+    from server.methods import METHODS
+    from server.supported import BEGIN, END, markdown
+
+    shown = {line.split()[0] for line in done("methods").splitlines() if line.strip()}
+    assert shown >= set(METHODS)
+    assert done("methods", "--markdown").strip() == markdown()
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{BEGIN}\n{END}\n")
+    assert done("methods", "--update", str(readme)) == ""
+    assert markdown() in readme.read_text()
+    readme.write_text("no markers")
+    assert invoke("methods", "--update", str(readme)).exit_code == 1
+
+
 # -- adapters
 
 
@@ -168,9 +188,71 @@ def test_every_page_of_a_long_list_is_shown(ask: Command, tiny_server: ServerPro
         tiny_server.http.delete(f"/adapters/{name}")
 
 
+def test_an_upload_sends_only_what_an_adapter_has(ask: Command, directory: Callable[[Files], Path]) -> None:
+    """Beside the adapter lie a tokenizer, the trainer's arguments and an earlier state."""
+    files = lora(6)
+    more = {"tokenizer.json": b"{}", "training_args.bin": b"x", "README.md": b"", **in_part("checkpoint-10", lora(7))}
+    path = directory(files | more)
+    first = json.loads(ask("adapters", "upload", "cli-lean", str(path)).stdout)
+    assert first["size_bytes"] == sum(map(len, files.values()))
+    assert ask("adapters", "delete", "cli-lean").exit_code == 0
+
+
+def test_an_upload_of_several_parts(ask: Command, directory: Callable[[Files], Path], tiny_server: ServerProcess) -> None:
+    path = directory(in_part("voice", lora(1)) | in_part("prompt", soft_prompt(2)))
+    record = json.loads(ask("adapters", "upload", "cli-parts", str(path)).stdout)
+    assert (record["method"], record["parts"]) == ("prompt_tuning+lora", ["prompt_tuning", "lora"])
+    assert tiny_server.generate(adapter="cli-parts").status_code == 200
+    assert ask("adapters", "delete", "cli-parts").exit_code == 0
+
+
+def in_part(part: str, files: Files) -> Files:
+    return {f"{part}/{name}": data for name, data in files.items()}
+
+
+def soft_prompt(length: int) -> Files:
+    config = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": length}
+    weights = save({"prompt_embeddings": torch.ones(length, HIDDEN)})
+    return {"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": weights}
+
+
 def test_check_says_what_an_upload_would_be(directory: Callable[[Files], Path], tiny_base: Path) -> None:
-    report = json.loads(done("adapters", "check", str(directory(lora(1))), "--model", str(tiny_base)))
-    assert report["methods"] == ["lora"]
+    arguments = ("adapters", "check", str(directory(lora(1))), "--model", str(tiny_base))
+    report = json.loads(done(*arguments, "--json"))
+    assert (report["accepted"], report["methods"]) == (True, ["lora"])
+    assert "would be lora against" in done(*arguments)
+
+
+def test_a_refused_check_is_json_too(directory: Callable[[Files], Path], tiny_base: Path) -> None:
+    path = directory(packed(tensors(1), r=0))
+    result = invoke("adapters", "check", str(path), "--model", str(tiny_base), "--json")
+    report = json.loads(result.stdout)
+    assert (result.exit_code, report["accepted"], report["field"]) == (1, False, "r")
+
+
+def test_pickled_weights_are_refused_with_the_command_that_converts_them(
+    ask: Command, directory: Callable[[Files], Path]
+) -> None:
+    files = lora(8)
+    path = directory({"adapter_config.json": files["adapter_config.json"]})
+    torch.save(load(files["adapter_model.safetensors"]), path / "adapter_model.bin")
+    refused = invoke("adapters", "upload", "cli-bin", str(path), "--url", "http://127.0.0.1:1")  # and nothing is sent
+    command = str(refused.exception).partition("trust them: adapterd ")[2]
+    assert command == "adapters convert DIR"
+
+    assert done(*command.replace("DIR", str(path)).split()) == "adapter_model.bin -> adapter_model.safetensors (4 tensors)\n"
+
+    assert json.loads(ask("adapters", "upload", "cli-bin", str(path)).stdout)["method"] == "lora"
+    assert ask("adapters", "delete", "cli-bin").exit_code == 0
+
+
+def test_convert_into_another_directory(directory: Callable[[Files], Path], tmp_path: Path) -> None:
+    path = directory({"adapter_config.json": b"{}"})
+    torch.save({"prompt_embeddings": torch.ones(2)}, path / "pytorch_adapter.bin")
+    assert done("adapters", "convert", str(path), "--out", str(tmp_path / "out")).startswith("pytorch_adapter.bin -> ")
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"adapter_config.json", "adapter.safetensors"}
+    nothing = invoke("adapters", "convert", str(tmp_path / "out"))
+    assert nothing.exit_code == 1
 
 
 def test_check_refuses_offline_with_the_reason_that_the_server_gives(

@@ -75,6 +75,31 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     )
 
 
+# -- the beginning
+
+
+def test_a_server_answers_from_the_first_moment(tiny_base: Path, tmp_path: Path) -> None:
+    """While it loads it lives, is not ready and takes no work; the URL it is reached under is in the log."""
+    flags = ("--port", "0", "--log-format", "json", "--store", str(tmp_path / "store"), "--model", str(tiny_base))
+    with subprocess.Popen(
+        command("serve", *flags), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        assert process.stdout is not None
+        url = json.loads(next(line for line in process.stderr if '"listening"' in line))["url"]
+        assert httpx.get(f"{url}/livez").json() == {"status": "ok"}
+        ready = httpx.get(f"{url}/readyz")
+        assert (ready.status_code, ready.json()["phase"]) == (503, "loading"), "it loaded too fast for this test"
+        refused = httpx.post(f"{url}/generate", json={"inputs": "hello"})
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+        assert process.stdout.readline().endswith(f" on {url}\n")
+        assert httpx.get(f"{url}/readyz").json() == {"phase": "ready", "percent": 100.0}
+        assert httpx.post(f"{url}/generate", json={"inputs": "hello"}, timeout=DEADLINE).status_code == 200
+        process.terminate()
+        process.communicate(timeout=DEADLINE)
+    assert process.returncode == 0
+
+
 # -- the end
 
 

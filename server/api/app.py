@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import re
-import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any
-from uuid import uuid4
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
-from starlette.datastructures import MutableHeaders
-from starlette.requests import Request
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapters_store.records import JSON
 from adapters_store.store import Store
@@ -24,13 +18,22 @@ from ..engine.client import EngineClient, EngineLike, Mailbox
 from ..metrics import Metrics
 from ..model.text import Text
 from ..settings import Settings
-from . import adapters, failures, generate, openai, ops, users
-from .context import Limits, Readiness, Services, Validate
-from .schemas import ChatRequest, CompletionRequest, GenerateRequest, TokenizeRequest, UserRequest
+from . import adapters, classify, docs, embed, failures, generate, openai, ops, users
+from .context import Limits, Services, Validate
+from .readiness import Readiness
+from .schemas import (
+    ChatRequest,
+    ClassifyRequest,
+    CompletionRequest,
+    EmbedRequest,
+    GenerateRequest,
+    TokenizeRequest,
+    UserRequest,
+)
+from .scope import RequestScope
 
-_BODIES = (GenerateRequest, TokenizeRequest, CompletionRequest, ChatRequest, UserRequest)
+_BODIES = (GenerateRequest, ClassifyRequest, EmbedRequest, TokenizeRequest, CompletionRequest, ChatRequest, UserRequest)
 _LARGEST_CONTEXT = 8192  # tokens, where neither a flag nor the caller says otherwise
-_SANE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _MB = 1 << 20
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
@@ -71,54 +74,19 @@ def create_app(
         readiness=readiness or Readiness(),
     )
     metrics.mirror(engine.stats, running=services.names.of, waiting=client.waiting_adapters)
-    app = FastAPI(title="adapterd", version=__version__, description=_ABOUT, lifespan=lifespan)
+    app = FastAPI(title="adapterd", version=__version__, description=_ABOUT, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.services = services
-    for module in (generate, openai, adapters, users, ops):
+    for module in (generate, openai, classify, embed, adapters, users, ops):
         app.include_router(module.router)
     app.include_router(generate.tokenizer_router)
+    docs.install(app)
     failures.install(app)
-    app.add_middleware(_RequestScope)
+    app.add_middleware(RequestScope)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     return app
 
 
 _ABOUT = "One frozen base model, every tenant's and user's own adapter, one forward pass."
-
-
-class _RequestScope:
-    """Gives every request an id and a start time, every answer X-Request-Id, and every stray exception an answer."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        request = Request(scope)
-        request.state.started = time.monotonic()
-        request.state.request_id = request_id = _request_id(request)
-        begun = False
-
-        async def tagged(message: Message) -> None:
-            nonlocal begun
-            if message["type"] == "http.response.start":
-                begun = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
-            await send(message)
-
-        try:
-            await self._app(scope, receive, tagged)
-        except Exception as error:
-            if begun:
-                raise
-            await failures.answer(request, error)(scope, receive, tagged)
-
-
-def _request_id(request: Request) -> str:
-    """The client's own, if it is one that a log line can hold."""
-    given = request.headers.get("x-request-id", "")
-    return given if _SANE_ID.fullmatch(given) else uuid4().hex
 
 
 def _limits(settings: Settings, max_total_tokens: int | None) -> Limits:

@@ -1,4 +1,4 @@
-"""What every route needs, as one value, and whether the server takes work at all. No route, no wire format."""
+"""What every route needs, as one value. No route, no wire format."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fastapi import Depends, Request
 
@@ -17,41 +17,14 @@ from adapters_store.records import JSON
 from adapters_store.store import Store
 
 from ..engine.client import EngineClient
-from ..errors import UnavailableError
 from ..metrics import Metrics
 from ..model.text import Text
-
-Phase = Literal["loading", "ready", "draining", "stopped"]
+from .readiness import Readiness
 
 #: Checks an upload's files against the base. The result is stored with the adapter and must hold "methods", a name per
 #: part; "virtual_tokens" (int) counts the positions it puts in front of a text.
 #: Raises: AdapterError naming the field or tensor at fault.
 Validate = Callable[[Mapping[str, Path], Digest], Mapping[str, JSON]]
-
-
-class Readiness:
-    """Which phase of its life the server is in; written by the lifespan, read by every request."""
-
-    def __init__(self, phase: Phase = "ready") -> None:
-        self.phase: Phase = phase
-        self.percent = 100.0 if phase == "ready" else 0.0
-
-    def loading(self, percent: float) -> None:
-        self.phase, self.percent = "loading", percent
-
-    def ready(self) -> None:
-        self.phase, self.percent = "ready", 100.0
-
-    def draining(self) -> None:
-        self.phase = "draining"
-
-    def stopped(self) -> None:
-        self.phase = "stopped"
-
-    def require(self) -> None:
-        """Raises: UnavailableError unless new work is welcome."""
-        if self.phase != "ready":
-            raise UnavailableError(f"the server is {self.phase}")
 
 
 class Names:

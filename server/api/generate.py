@@ -18,6 +18,7 @@ from .body import documented, json_body
 from .context import Context, Services, require_ready
 from .failures import counting_refusals, reported
 from .jobs import Order, encode, job_of
+from .merged import check_merged
 from .resolve import resolve
 from .rules import check_generate, check_stop, generate_wish
 from .schemas import ErrorResponse, GenerateRequest, GenerateResponse, SimpleToken, StreamResponse, TokenizeRequest
@@ -143,8 +144,10 @@ async def _prepare(request: Request, body: GenerateRequest, services: Services, 
             adapter_id=_adapter_id(body),
             user_id=user_of(request, body.user_id),
             compose=parameters.compose,
+            merged=check_merged(parameters.merged_adapters, _adapter_id(body)),
+            task_id=_task_id(body),
         )
-        prompt = await encode(services.text, body.inputs, truncate=parameters.truncate)
+        prompt = await encode(services.text, body.inputs, truncate=parameters.truncate, frame=resolved.frame)
         order = Order(prompt, resolved, wish, parameters.max_new_tokens, stop)
         return job_of(order, services, tenant, started_at(request))
 
@@ -153,6 +156,13 @@ def _adapter_id(body: GenerateRequest) -> str | None:
     inner, outer = body.parameters.adapter_id, body.adapter_id
     if inner is not None and outer is not None and inner != outer:
         raise ValidationError("`adapter_id` is given twice, with different values")
+    return outer if inner is None else inner
+
+
+def _task_id(body: GenerateRequest) -> int | None:
+    inner, outer = body.parameters.task_id, body.task_id
+    if inner is not None and outer is not None and inner != outer:
+        raise ValidationError("`task_id` is given twice, with different values")
     return outer if inner is None else inner
 
 

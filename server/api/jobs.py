@@ -14,6 +14,7 @@ from ..errors import ValidationError
 from ..model.text import Text
 from ..requests import Request
 from .context import Services
+from .prompts import PLAIN, Frame
 from .resolve import Resolved
 from .rules import Wish, check_max_new_tokens, sampling_of
 
@@ -31,11 +32,13 @@ class Order:
     stop: tuple[str, ...] = ()
 
 
-async def encode(text: Text, inputs: str, *, truncate: int | None = None, special: bool = True) -> tuple[int, ...]:
-    """Token ids; a long text is tokenised in a thread, which does not hold the GIL."""
+async def encode(
+    text: Text, inputs: str, *, truncate: int | None = None, special: bool = True, frame: Frame = PLAIN
+) -> tuple[int, ...]:
+    """Token ids of what follows the prefix; a long text is tokenised in a thread, which does not hold the GIL."""
     if len(inputs) <= _INLINE:
-        return tuple(text.encode(inputs, truncate=truncate, special=special))
-    ids = await to_thread.run_sync(lambda: text.encode(inputs, truncate=truncate, special=special))
+        return tuple(frame.ids(text, inputs, truncate, special=special))
+    ids = await to_thread.run_sync(lambda: frame.ids(text, inputs, truncate, special=special))
     return tuple(ids)
 
 
@@ -52,6 +55,7 @@ def job_of(order: Order, services: Services, tenant: str, started: float) -> Job
             prompt=order.prompt,
             sampling=sampling_of(order.wish, room),
             arrival=time.monotonic(),
+            recipes=order.resolved.recipes,
         ),
         stop=order.stop,
         adapters=order.resolved.names,

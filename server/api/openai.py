@@ -28,6 +28,7 @@ from .context import Context, Services, require_ready
 from .failures import UnknownModelError, counting_refusals, reported
 from .generate import identity_headers, started_at, user_of
 from .jobs import Order, check_ids, copies, encode, job_of
+from .prompts import Frame
 from .resolve import Resolved, resolve
 from .rules import check_choices, check_stop, check_top_n, openai_wish
 from .schemas import ChatMessage, ChatRequest, CompletionRequest, OpenAIErrorResponse, OpenAIRequest
@@ -129,12 +130,11 @@ async def _completion_jobs(request: Request, body: CompletionRequest, services: 
     prompts = _prompts(body.prompt)
     count = check_choices(body, MAX_CHOICES // len(prompts) if len(prompts) <= MAX_CHOICES else 0)
     top_n = check_top_n("logprobs", body.logprobs or 0, services.limits)
-    resolved = await _resolve(services, tenant, body.model, user=user_of(request, body.user), compose=body.compose)
+    resolved = await _resolve(services, tenant, body, user=user_of(request, body.user))
     limit = _COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     orders: list[tuple[str, Job]] = []
     for prompt in prompts:
-        ids = await encode(services.text, prompt) if isinstance(prompt, str) else check_ids(prompt, services.text)
-        shown = prompt if isinstance(prompt, str) else services.text.decode(ids)
+        shown, ids = await _encoded(prompt, services.text, resolved.frame)
         job = _job(request, body, services, tenant, ids, resolved, top_n, limit)
         orders += [(shown, copy) for copy in copies(job, count)]
     return orders
@@ -146,12 +146,12 @@ async def _chat_jobs(request: Request, body: ChatRequest, services: Services, te
     if body.top_logprobs is not None and not body.logprobs:
         raise ValidationError("`top_logprobs` needs `logprobs` to be true")
     top_n = check_top_n("top_logprobs", body.top_logprobs or 0, services.limits)
-    resolved = await _resolve(services, tenant, body.model, user=user_of(request, body.user), compose=body.compose)
+    resolved = await _resolve(services, tenant, body, user=user_of(request, body.user))
     if not body.messages:
         raise ValidationError("`messages` cannot be empty")
     messages = [_message(index, message) for index, message in enumerate(body.messages)]
     rendered = await to_thread.run_sync(services.text.chat, messages)
-    ids = await encode(services.text, rendered, special=False)
+    ids = await encode(services.text, rendered, special=False, frame=resolved.frame)
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     return copies(_job(request, body, services, tenant, ids, resolved, top_n, limit), count)
 
@@ -172,15 +172,32 @@ def _job(
     return job_of(order, services, tenant, started_at(request))
 
 
-async def _resolve(services: Services, tenant: str, model: str, *, user: str | None, compose: bool) -> Resolved:
+async def _encoded(prompt: str | Sequence[int], text: Text, frame: Frame) -> tuple[str, tuple[int, ...]]:
+    """One prompt as text and as the ids behind the adapter's prefix."""
+    if isinstance(prompt, str):
+        return prompt, await encode(text, prompt, frame=frame)
+    given = check_ids(prompt, text)
+    return text.decode(given), tuple(frame.closed(text, given))
+
+
+async def _resolve(services: Services, tenant: str, body: OpenAIRequest, *, user: str | None) -> Resolved:
     """The base model's name leaves the choice to the user's binding; any other name is an adapter's.
 
     Raises: UnknownModelError when the name is neither; NotFound when it is the user's adapter that is missing.
     """
 
     async def through(adapter: str | None) -> Resolved:
-        return await resolve(services.store, services.names, tenant, adapter_id=adapter, user_id=user, compose=compose)
+        return await resolve(
+            services.store,
+            services.names,
+            tenant,
+            adapter_id=adapter,
+            user_id=user,
+            compose=body.compose,
+            task_id=body.task_id,
+        )
 
+    model = body.model
     adapter = None if model in (services.model_name, "") else model
     try:
         return await through(adapter)

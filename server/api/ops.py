@@ -7,11 +7,8 @@ from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
 from .. import __version__
-from ..errors import UnavailableError
 from .context import Context
 from .schemas import ErrorResponse, Health, Ready
-
-_UNHEALTHY = {"error": "unhealthy", "error_type": "healthcheck"}  # LoRAX's and TGI's words
 
 router = APIRouter(tags=["operations"])
 
@@ -19,9 +16,7 @@ router = APIRouter(tags=["operations"])
 @router.get("/health", responses={200: {"model": Health}, 503: {"model": ErrorResponse}})
 async def health(services: Context) -> Response:
     """200 when the server takes requests."""
-    if services.readiness.phase != "ready":
-        return JSONResponse(_UNHEALTHY, UnavailableError.status)
-    return JSONResponse({"status": "ok"})
+    return services.readiness.health()
 
 
 @router.get("/livez", response_model=Health)
@@ -33,9 +28,7 @@ async def livez() -> Response:
 @router.get("/readyz", responses={200: {"model": Ready}, 503: {"model": Ready}})
 async def readyz(services: Context) -> Response:
     """The server's phase; 200 when ready, 503 with the percentage while loading, and while shutting down."""
-    readiness = services.readiness
-    status = 200 if readiness.phase == "ready" else UnavailableError.status
-    return JSONResponse({"phase": readiness.phase, "percent": round(readiness.percent, 1)}, status)
+    return services.readiness.report()
 
 
 @router.get("/info")

@@ -14,7 +14,7 @@ from .schemas import CompletionRequest, GenerateParameters, OpenAIRequest
 _COLDEST = 1e-5  # a temperature below this is greedy: dividing by it overflows
 _SEEDS = 1 << 64
 
-_UNSUPPORTED = ("adapter_source", "merged_adapters", "response_format", "grammar", "watermark")
+_UNSUPPORTED = ("adapter_source", "response_format", "grammar", "watermark")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,6 @@ class Wish:
 
 def check_generate(parameters: GenerateParameters, limits: Limits, *, streaming: bool) -> None:
     """The rules of /generate that are not about numbers of `Sampling`. Raises: ValidationError."""
-    if parameters.adapter_id and parameters.merged_adapters is not None:
-        raise ValidationError("at most one of `adapter_id` or `adapters` may be provided")
     for name in _UNSUPPORTED:
         if getattr(parameters, name):
             raise ValidationError(f"`{name}` is not supported")

@@ -29,15 +29,32 @@ def _defaults_for_null(value: object) -> object:
     return {} if value is None else value
 
 
+def _one_or_several(value: object) -> object:
+    if isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+        return value
+    raise ValueError("must be a string or a list of strings")
+
+
 Flag = Annotated[bool, BeforeValidator(_false_for_null)]
 Strings = Annotated[list[str], BeforeValidator(_empty_for_null)]
 
 # -- LoRAX and TGI: requests -----------------------------------------------------------------------------------------
 
 
+class MergedAdapters(Strict):
+    """LoRAX's: which LoRA adapters to merge, and how. Adapters of one rank."""
+
+    ids: list[str]
+    weights: Annotated[list[float], BeforeValidator(_empty_for_null)] = Field([], description="One per id; none = all 1.")
+    merge_strategy: str | None = Field(None, description="linear (null), ties, dare_linear or dare_ties")
+    density: float = Field(0.0, description="> 0 and <= 1: the share of values that ties and dare_* keep.")
+    majority_sign_method: str | None = Field(None, description="total (null) or frequency")
+
+
 class GenerateParameters(Strict):
     adapter_id: str | None = Field(None, description="Name of an uploaded adapter; empty or null = the base model.")
     compose: Flag = Field(False, description="With an adapter and a user who has one too: apply both.")
+    task_id: int | None = Field(None, description="Which task of a multitask prompt, from 0; such an adapter needs it.")
     do_sample: Flag = Field(False, description="Sample; also implied by temperature, top_k, top_p and typical_p.")
     max_new_tokens: int | None = Field(None, description="> 0; null = as many as the context has room for.")
     temperature: float | None = Field(None, description=">= 0; 0 = greedy.")
@@ -59,7 +76,7 @@ class GenerateParameters(Strict):
     best_of: int | None = Field(None, description="Only 1.")
     watermark: Flag = Field(False, description="Not supported.")
     adapter_source: str | None = Field(None, description="Not supported: adapters come from this server's store.")
-    merged_adapters: dict[str, object] | None = Field(None, description="Not supported.")
+    merged_adapters: MergedAdapters | None = Field(None, description="LoRA adapters made one; not with `adapter_id`.")
     response_format: dict[str, object] | None = Field(None, description="Not supported.")
     grammar: dict[str, object] | None = Field(None, description="Not supported.")
 
@@ -70,8 +87,37 @@ class GenerateRequest(Strict):
         default_factory=lambda: GenerateParameters.model_validate({})
     )
     adapter_id: str | None = Field(None, description="Same as `parameters.adapter_id`.")
+    task_id: int | None = Field(None, description="Same as `parameters.task_id`.")
     user_id: str | None = Field(None, description="Goes through this user's adapter, if one is bound.")
     stream: Flag = Field(False, description="Answer with server-sent events.")
+
+
+class TextsParameters(Strict):
+    adapter_id: str | None = Field(None, description="Name of an uploaded adapter; empty or null = the base model.")
+    compose: Flag = Field(False, description="With an adapter and a user who has one too: apply both.")
+    task_id: int | None = Field(None, description="Which task of a multitask prompt, from 0; such an adapter needs it.")
+    truncate: int | None = Field(None, description="Keep only the last n tokens of each text.")
+
+
+class TextsRequest(Strict):
+    """What /classify and /embed share."""
+
+    inputs: Annotated[str | list[str], BeforeValidator(_one_or_several)] = Field(description="One text, or 1 to 32.")
+    parameters: Annotated[TextsParameters, BeforeValidator(_defaults_for_null)] = Field(
+        default_factory=lambda: TextsParameters.model_validate({})
+    )
+    adapter_id: str | None = Field(None, description="Same as `parameters.adapter_id`.")
+    task_id: int | None = Field(None, description="Same as `parameters.task_id`.")
+    user_id: str | None = Field(None, description="Goes through this user's adapter, if one is bound.")
+
+
+class ClassifyRequest(TextsRequest):
+    raw_scores: Flag = Field(False, description="Answer with logits instead of probabilities.")
+
+
+class EmbedRequest(TextsRequest):
+    normalize: bool | None = Field(None, description="Scale each vector to length 1; null = true.")
+    pooling: str | None = Field(None, description="mean (null) of the text's tokens, or its last.")
 
 
 class TokenizeRequest(Strict):
@@ -128,6 +174,24 @@ class StreamResponse(BaseModel):
     details: StreamDetails | None
 
 
+class Label(BaseModel):
+    label: str
+    score: float
+
+
+class Entity(BaseModel):
+    entity: str
+    score: float
+    index: int = Field(description="Of the token in the text.")
+    word: str
+    start: int = Field(description="Its first character in the text.")
+    end: int
+
+
+class EmbedResponse(BaseModel):
+    embeddings: list[float] | list[list[float]]
+
+
 class SimpleToken(BaseModel):
     id: int
     text: str
@@ -165,6 +229,7 @@ class OpenAIRequest(Strict):
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Goes through this user's adapter, if one is bound.")
     compose: Flag = Field(False, description="With an adapter and a user who has one too: apply both.")
+    task_id: int | None = Field(None, description="Which task of a multitask prompt, from 0; such an adapter needs it.")
     ignore_eos: Flag = False
     ignore_eos_token: Flag = False
     logit_bias: dict[str, float] | None = Field(None, description="Not supported.")

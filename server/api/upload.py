@@ -162,7 +162,7 @@ class Upload:
     def _begin_file(self, filename: str | None) -> None:
         if not filename:
             raise ValidationError("`files` must be files with names")
-        if filename not in _LEFT_OUT:
+        if filename.rpartition("/")[2] not in _LEFT_OUT:
             self._file = self._open.enter_context(self._staged.file(filename))
 
     def _data(self, data: bytes) -> None:

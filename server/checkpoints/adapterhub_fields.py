@@ -18,7 +18,12 @@ from ..methods.layout import Kind
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1 << 31)]
+Index = Annotated[int, Field(ge=0, le=1 << 31)]
 Layers = Annotated[list[Annotated[int, Field(ge=0, le=1 << 31)]], Field(max_length=1024)]
+
+
+#: Read off its code (`torch.mean(gate, dim=1)` in bottlenecks, LoRA, (IA)^3 and prefixes alike).
+GATES: Final = "its gate is a mean over the whole sequence, future tokens included, which a running stream does not have"
 
 
 class Fields(BaseModel):
@@ -82,7 +87,7 @@ class BottleneckFields(Fields):
             "phm_layer": (False, "Compacter's hypercomplex layers are not served"),
             "inv_adapter": (None, "invertible adapters are not served"),
             "cross_adapter": (False, "a decoder has no cross attention"),
-            "use_gating": (False, "its gate is a mean over the whole sequence, which a running stream does not have"),
+            "use_gating": (False, GATES),
         }
     )
 
@@ -99,20 +104,80 @@ class LoraFields(Fields):
     alpha: Number = 8
     attn_matrices: list[Literal["q", "k", "v"]] = ["q", "v"]
     composition_mode: Literal["add", "scale"] = "add"
+    use_dora: bool = False
+    vera_d: Number | None = None  # with either of them set the adapter is a VeRA; the values only initialise it
+    vera_b: Number | None = None
 
     cosmetic: ClassVar[frozenset[str]] = frozenset({"dropout", "dtype", "init_weights", "init_weights_seed"})
     refused: ClassVar[Mapping[str, tuple[object, str]]] = MappingProxyType(
         {
-            "use_gating": (False, "its gate is a mean over the whole sequence, which a running stream does not have"),
-            "use_dora": (False, "DoRA is not served"),
-            "vera_d": (None, "VeRA is not served"),
-            "vera_b": (None, "VeRA is not served"),
+            "use_gating": (False, GATES),
+        }
+    )
+
+
+class PrefixFields(Fields):
+    flat: bool = False
+    prefix_length: Count = 30
+    bottleneck_size: Count = 512
+    non_linearity: str = "tanh"
+
+    cosmetic: ClassVar[frozenset[str]] = frozenset(
+        {
+            "cross_prefix",  # a decoder has neither an encoder nor cross attention
+            "dropout",
+            "encoder_prefix",
+            "init_weights_seed",
+            "shared_gating",  # of a gate that is refused
+        }
+    )
+    refused: ClassVar[Mapping[str, tuple[object, str]]] = MappingProxyType(
+        {
+            "leave_out": ([], "every layer has the prefix or none has"),
+            "use_gating": (False, GATES),
         }
     )
 
 
 class UnionFields(Fields):
     configs: Annotated[list[dict[str, object]], Field(min_length=1, max_length=16)]
+
+
+class HeadUploadFields(Fields):
+    """head_config.json. `config` is null for a head of one of transformers' own classes, which then says all."""
+
+    config: dict[str, object] | None
+    name: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    model_class: str
+    model_type: str
+    hidden_size: Count
+    num_labels: Count | None = None
+    label2id: dict[str, Index] | None = None
+
+
+class HeadFields(Fields):
+    """Linear layers over hidden states: all but the last of the base's width and followed by the activation."""
+
+    head_type: Literal["classification", "tagging"]
+    num_labels: Count = 2
+    layers: Annotated[int, Field(ge=1, le=2)]
+    activation_function: str | None = "tanh"
+    label2id: dict[str, Index] | None = None
+    bias: bool = True  # of the last layer
+
+    #: A decoder hands its head the last token's state, with or without use_pooler.
+    cosmetic: ClassVar[frozenset[str]] = frozenset({"dropout_prob", "use_pooler"})
+
+
+class LmHeadFields(Fields):
+    head_type: Literal["causal_lm"]
+    layers: Annotated[int, Field(ge=1, le=1)] = 1
+    bias: bool = False
+
+    #: What shapes layers before the last, and training. The last layer's own shape is its tensor's.
+    cosmetic: ClassVar[frozenset[str]] = frozenset(
+        {"activation_function", "dropout_prob", "embedding_size", "label2id", "layer_norm", "shift_labels", "vocab_size"}
+    )
 
 
 class InterfaceFields(Fields):
@@ -138,18 +203,46 @@ class InterfaceFields(Fields):
 
 #: `config.architecture` -> fields.
 ARCHITECTURES: Final[Mapping[str | None, type[Fields]]] = MappingProxyType(
-    {None: BottleneckFields, "lora": LoraFields, "union": UnionFields}
+    {None: BottleneckFields, "lora": LoraFields, "prefix_tuning": PrefixFields, "union": UnionFields}
 )
 _NOT_SERVED: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "prefix_tuning": "AdapterHub's prefix takes no positions (the text starts at 0), a prefix served here takes N",
         "prompt_tuning": "AdapterHub offers prompt tuning for no decoder",
         "reft": "ReFT is not served",
         "mtl_lora": "multi-task LoRA is not served",
     }
 )
 
+HEADS: Final[Mapping[str, type[Fields]]] = MappingProxyType(
+    {"classification": HeadFields, "tagging": HeadFields, "causal_lm": LmHeadFields}
+)
+_HEADS_NOT_SERVED: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "multilabel_classification": "its labels are independent, here they are alternatives",
+        "question_answering": "spans of an input are not served",
+        "multiple_choice": "it compares several inputs",
+        "dependency_parsing": "it compares pairs of tokens",
+        "image_classification": "a text has no image",
+        "seq2seq_lm": "a decoder has no encoder",
+        "masked_lm": "a decoder fills no masks",
+    }
+)
+
 F = TypeVar("F", bound=Fields)
+
+
+def head_of(config: Mapping[str, object], where: str) -> HeadFields | LmHeadFields:
+    """The config of a named head. Raises: AdapterError naming the field at fault."""
+    kind = config.get("head_type")
+    fields = HEADS.get(kind) if isinstance(kind, str) else None
+    if fields is None:
+        why = _HEADS_NOT_SERVED.get(str(kind), f"served: {', '.join(HEADS)}")
+        raise AdapterError(f"{where}head_type", f"{shown(kind)} is not served: {why}")
+    check_known(fields, config, where)
+    parsed = parse(fields, config, where)
+    if not isinstance(parsed, HeadFields | LmHeadFields):
+        raise TypeError(f"{type(parsed).__name__} is no head")
+    return parsed
 
 
 def parse(fields: type[F], config: Mapping[str, object], where: str) -> F:
@@ -170,7 +263,7 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def _check_known(fields: type[Fields], config: Mapping[str, object], where: str) -> None:
+def check_known(fields: type[Fields], config: Mapping[str, object], where: str) -> None:
     known = {"architecture", *fields.model_fields, *fields.cosmetic, *fields.refused}
     for name in config:
         if name not in known:
@@ -182,9 +275,9 @@ def members_of(config: Mapping[str, object], where: str = "config.") -> list[tup
     kind = config.get("architecture")
     fields = ARCHITECTURES.get(kind) if kind is None or isinstance(kind, str) else None
     if fields is None or (fields is UnionFields and where != "config."):
-        why = _NOT_SERVED.get(str(kind), "served: null (bottleneck), lora, and a union of these")
+        why = _NOT_SERVED.get(str(kind), "served: null (bottleneck), lora, prefix_tuning, and a union of these")
         raise AdapterError(f"{where}architecture", f"{shown(kind)} is not served: {why}")
-    _check_known(fields, config, where)
+    check_known(fields, config, where)
     parsed = parse(fields, config, where)
     if not isinstance(parsed, UnionFields):
         return [(where, parsed)]

@@ -1,4 +1,5 @@
-"""The files of an upload: which names are accepted, JSON and safetensors parsed within limits, before anything is believed.
+"""The files of one part of an upload: which names are accepted, JSON and safetensors parsed within limits, before
+anything is believed.
 
 Owns the checks that no dialect may skip. Never unpickles, imports, resolves a URL or follows a path named by an upload.
 """
@@ -31,12 +32,7 @@ READ: Final = frozenset(
 )
 IGNORED: Final = frozenset({"README.md", "LICENSE", ".gitattributes"})
 PICKLES: Final = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-CONVERSION: Final = (
-    'python -c "import sys, torch, safetensors.torch as st; '
-    "st.save_file({k: v.clone().contiguous() for k, v in "
-    "torch.load(sys.argv[1], map_location='cpu', weights_only=True).items()}, "
-    'sys.argv[2])" '
-)
+CONVERSION: Final = "adapterd adapters convert DIR"
 
 MAX_JSON_BYTES: Final = 1 << 20
 MAX_JSON_DEPTH: Final = 16
@@ -57,10 +53,10 @@ class TensorEntry:
 
 
 def check_names(names: Collection[str]) -> None:
-    """Refuse an upload by its file names alone. Raises: AdapterError naming the file."""
+    """Refuse a part of an upload by its file names alone. Raises: AdapterError naming the file."""
     for name in sorted(names):
         if name.lower().endswith(PICKLES):
-            raise AdapterError(_shown(name), f"pickled files are not accepted; {_conversion(name)}")
+            raise AdapterError(_shown(name), f"pickled files are not accepted; convert them where you trust them: {CONVERSION}")
         if name not in READ | IGNORED:
             accepted = ", ".join(sorted(READ | IGNORED))
             raise AdapterError(_shown(name), f"is not a file of an adapter, leave it out; accepted: {accepted}")
@@ -125,11 +121,6 @@ def load_tensors(path: Path, name: str) -> dict[str, Tensor]:
         if not bool(torch.isfinite(value).all()):
             raise AdapterError(tensor, "holds NaN or infinity")
     return tensors
-
-
-def _conversion(name: str) -> str:
-    target = "adapter.safetensors" if name == "pytorch_adapter.bin" else "adapter_model.safetensors"
-    return f"convert it to safetensors where you trust it: {CONVERSION}{_shown(name)} {target}"
 
 
 def _shown(text: str) -> str:

@@ -1,58 +1,92 @@
-"""Pattern: PEFT's rank_pattern and alpha_pattern, matched without ever running an upload's regular expression.
+"""Patterns in an upload's config, run by RE2 in linear time: `(.|..)+!` would keep Python's `re` busy for seconds.
 
-Owns the plain-name subset of the syntax. `(.|..)+!` in an upload would hang `re` for seconds.
+Owns the limits on patterns, and the refusal of what RE2 has not or reads otherwise than `re`. Knows no field's meaning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Final
+
+import re2
 
 from ..errors import AdapterError
 
 MAX_KEYS: Final = 1024
-_REGULAR: Final = frozenset("\\*+?[](){}|^$\0")
+MAX_LENGTH: Final = 512
+#: RE2 instructions of one field's keys together (a plain name has about as many as characters), and bytes for running them:
+#: what bounds the time that patterns can take.
+MAX_PROGRAM: Final = 150_000
+MEMORY: Final = 8 << 20
+#: Legal in both, but with another meaning: `re` takes {,3} for {0,3} and [[:a:]] for a set of characters.
+_READ_DIFFERENTLY: Final = ("{,", "[[:")
 
 
-class Pattern:
-    """Module name -> number, by the first key for which `re.match(rf"(.*\\.)?({key})$", name)` would hold.
+def first_keys(field: str, keys: Sequence[str], names: Collection[str]) -> dict[str, str]:
+    """Module name -> the first key for which `re.match(rf"(.*\\.)?({key})$", name)` holds, as PEFT looks them up.
 
-    Only keys that are plain names are matched: "." stands for any character, "\\." for a dot, a leading "^" ties the key
-    to the whole name. Keys that need a regular expression engine are listed in `regular` and match nothing.
+    Names that no key matches are left out. Raises: AdapterError naming the field and the key.
     """
-
-    def __init__(self, field: str, values: Mapping[str, float]) -> None:
-        if len(values) > MAX_KEYS:
-            raise AdapterError(field, f"has {len(values)} keys, over the limit of {MAX_KEYS}")
-        literals = {key: _literal(key) for key in values}
-        self.values = values
-        self.regular = tuple(key for key, literal in literals.items() if literal is None)
-        self._literals = [(values[key], literal) for key, literal in literals.items() if literal is not None]
-
-    def get(self, module: str, default: float) -> float:
-        return next((value for value, literal in self._literals if literal.matches(module)), default)
-
-
-@dataclass(frozen=True)
-class _Literal:
-    text: str
-    wild: frozenset[int]  # positions of text that match any character
-    whole: bool  # anchored: no dotted prefix may precede it
-
-    def matches(self, name: str) -> bool:
-        start = len(name) - len(self.text)
-        if start < 0 or (start and (self.whole or name[start - 1] != ".")):
-            return False
-        pairs = enumerate(zip(name[start:], self.text, strict=True))
-        return all(have == want or i in self.wild for i, (have, want) in pairs)
+    if len(keys) > MAX_KEYS:
+        raise AdapterError(field, f"has {len(keys)} keys, over the limit of {MAX_KEYS}")
+    if not keys:
+        return {}
+    together, size = re2.Set.MatchSet(_options()), 0
+    for key in keys:
+        size += compiled(field, key, rf"(.*\.)?({key})$").programsize
+        if size > MAX_PROGRAM:
+            raise AdapterError(field, f"its keys need more than {MAX_PROGRAM} RE2 instructions")
+        together.Add(rf"(.*\.)?({key})$")
+    together.Add("(?s).*")  # matches always: an answer without it is no answer, RE2 ran out of memory
+    return _matched(field, keys, together, names)
 
 
-def _literal(key: str) -> _Literal | None:
-    pieces = key.removeprefix("^").removesuffix("$").split("\\.")  # between them: dots that are dots
-    text = ".".join(pieces)
-    if not text or any(not _REGULAR.isdisjoint(piece) for piece in pieces):
-        return None
-    escaped = {sum(len(piece) + 1 for piece in pieces[:i]) - 1 for i in range(1, len(pieces))}
-    wild = frozenset(i for i, char in enumerate(text) if char == "." and i not in escaped)
-    return _Literal(text, wild, key.startswith("^"))
+def _matched(field: str, keys: Sequence[str], together: re2.Set, names: Collection[str]) -> dict[str, str]:
+    too_large = AdapterError(field, f"its keys need more than {MEMORY} bytes to be matched")
+    try:
+        together.Compile()
+    except re2.error:
+        raise too_large from None
+    found: dict[str, str] = {}
+    for name in names:
+        matching = set(together.Match(name))
+        if len(keys) not in matching:
+            raise too_large
+        first = min(matching)
+        if first < len(keys):
+            found[name] = keys[first]
+    return found
+
+
+def whole_match(field: str, pattern: str) -> Callable[[str], bool]:
+    """name -> whether `re.fullmatch(pattern, name)` holds. Raises: AdapterError naming the field and the pattern."""
+    regex = compiled(field, pattern)
+    return lambda name: regex.fullmatch(name) is not None
+
+
+def compiled(field: str, shown: str, pattern: str | None = None) -> Any:  # google-re2 has no types
+    """`pattern` (by default `shown`, the upload's own text in it), ready to be matched.
+
+    Raises: AdapterError naming the field, the upload's text, and what is wrong with it.
+    """
+    if len(shown) > MAX_LENGTH:
+        raise AdapterError(field, f"holds a pattern of {len(shown)} characters, over the limit of {MAX_LENGTH}")
+    for part in _READ_DIFFERENTLY:
+        if part in shown:
+            raise AdapterError(field, f"{shown!a} holds {part!r}, which is not served; write it out")
+    try:
+        return re2.compile(shown if pattern is None else pattern, _options())
+    except re2.error as error:
+        raise AdapterError(field, f"{shown!a} is no regular expression that is served: {_reason(error)}") from None
+
+
+def _options() -> re2.Options:
+    options = re2.Options()
+    options.max_mem = MEMORY
+    options.log_errors = False
+    return options
+
+
+def _reason(error: Exception) -> str:
+    (reason,) = error.args
+    return ascii(reason.decode("utf-8", "replace") if isinstance(reason, bytes) else str(reason))[1:-1]

@@ -177,12 +177,19 @@ class EngineClient:
         self.text = text
         self.metrics = metrics
         self._mailbox = mailbox
-        self._timeout = request_timeout
+        self.timeout = request_timeout
         self._listeners: dict[str, _Listener] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def generate(self, job: Job) -> Generation:
         """Submit at once. Raises: OverloadedError, UnavailableError."""
+        return Generation(self, job, self.submit(job), self.timeout)
+
+    def submit(self, job: Job) -> asyncio.Queue[Event]:
+        """Hand a request to the engine, and have its events put where they are returned until `close`.
+
+        Raises: OverloadedError, UnavailableError.
+        """
         self._attach()
         listener = self._listeners[job.request.id] = _Listener(job)
         try:
@@ -191,7 +198,7 @@ class EngineClient:
             del self._listeners[job.request.id]
             self.metrics.finished(error.error_type)
             raise
-        return Generation(self, job, listener.events, self._timeout)
+        return listener.events
 
     async def warm(self, digests: Sequence[Digest]) -> None:
         """Wait until the adapters are on the device. Raises: AdapterdError when one cannot be loaded."""

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Protocol
 
 import structlog
@@ -24,6 +25,7 @@ from ..methods.base import Adapter
 from ..metrics import EngineStats
 from ..model.runner import Runner
 from ..requests import Event, FinishReason, Request
+from .derived import Recipes
 from .loading import HostCache, Load, Loading
 from .plan import Change, Copy, Evict, Fill, Plan, Put, Row, Sample, Sequence
 from .residency import AdapterFacts
@@ -59,9 +61,11 @@ class Engine:
         self._observer = observer
         self._publish = publish
         self._cache = HostCache(host_cache_bytes)
-        self._loading = Loading(load, self._cache, self._on_loaded)
+        self._recipes = Recipes()
+        self._loading = Loading(load, self._cache, self._on_loaded, recipes=self._recipes)
         self._ready: dict[Digest, Adapter] = {}  # loaded, on their way to a slot
         self._families: dict[Digest, frozenset[str]] = {}  # of adapters that are on the device
+        self._sources: dict[Digest, frozenset[Digest]] = {}  # of those of them that were computed from stored ones
         self._evictions: deque[Evict] = deque()  # to be done before anything else: their slots may be given out again
         self._warm: list[tuple[set[Digest], Future[None]]] = []  # (still missing, whom to tell)
         self._inbox: deque[Callable[[], None]] = deque()
@@ -98,6 +102,7 @@ class Engine:
             if self._pending >= limits.max_running + limits.max_waiting:
                 raise OverloadedError
             self._pending += 1
+            self._recipes.hold(request)
             self._inbox.append(lambda: self._submit(request))
             self._wake.notify()
 
@@ -170,9 +175,9 @@ class Engine:
             self._warmed(digest, result)
             return
         self._ready[digest] = result
-        prefix = result.prefix
-        embedded = prefix is not None and prefix.embeddings is not None
-        facts = AdapterFacts(result.pools, prefix.length if prefix else 0, embedded)
+        facts = _facts(result)
+        if (head := result.head) is not None:
+            facts = replace(facts, head="every" if head.every_position else "last")
         self._scheduler.residency.loaded(digest, facts)
 
     def _start_warming(self, digests: tuple[Digest, ...], future: Future[None]) -> None:
@@ -197,7 +202,10 @@ class Engine:
         self._warm = [(missing, future) for missing, future in self._warm if not future.done()]
 
     def _unload(self, digest: Digest) -> bool:
+        """What was computed from the adapter goes with it."""
         self._cache.discard(digest)
+        for derived in [each for each, sources in self._sources.items() if digest in sources]:
+            self._withdraw(derived)
         return self._withdraw(digest)
 
     # -- the engine's thread: steps ------------------------------------------------------------------------------
@@ -272,6 +280,8 @@ class Engine:
         if isinstance(change, Put):
             adapter = self._ready.pop(change.digest)
             self._families[change.digest] = frozenset(part.method for part in adapter.parts)
+            if adapter.sources:
+                self._sources[change.digest] = adapter.sources
             self._warmed(change.digest)
 
     def _evict(self, *more: Evict) -> None:
@@ -279,6 +289,7 @@ class Engine:
         self._evictions.extend(more)
         for change in more:
             self._families.pop(change.digest, None)
+            self._sources.pop(change.digest, None)
         while self._evictions:
             self._runner.apply([self._evictions[0]], {})
             self._evictions.popleft()
@@ -341,8 +352,8 @@ class Engine:
             self._observer.preempted()
         for row in plan.rows:
             sequence = row.sequence
-            first = sequence.generated == 1 and row.start + row.count == sequence.prompt_end
-            if sequence.request is not None and first:
+            prefilled = sequence.generated <= 1 and row.start + row.count == sequence.prompt_end
+            if sequence.request is not None and prefilled:
                 self._observer.prefix_cache(sequence.prompt_end - sequence.virtual, sequence.cached)
 
     def _snapshot(self) -> None:
@@ -356,15 +367,18 @@ class Engine:
             slots_total=residency.capacity,
             resident=residency.resident,
             waiting_for=tuple(dict.fromkeys(d for s in scheduler.waiting for d in s.adapters)),
-            device_bytes=self._runner.sites.nbytes,
+            device_bytes=self._runner.adapter_bytes,
             host_cache_bytes=self._cache.nbytes,
         )
 
     def _tell(self, events: list[Event]) -> None:
         if not events:
             return
+        ended = [event.request_id for event in events if event.finish is not None]
+        for request_id in ended:
+            self._recipes.release(request_id)
         with self._wake:
-            self._pending -= sum(1 for event in events if event.finish is not None)
+            self._pending -= len(ended)
         try:
             self._publish(events)
         except Exception:
@@ -385,6 +399,14 @@ class Engine:
             self._warm.pop()[1].set_exception(gone)
         self._tell(self._scheduler.take_events())
         self._snapshot()
+
+
+def _facts(adapter: Adapter) -> AdapterFacts:
+    prefix = adapter.prefix
+    if prefix is None:
+        return AdapterFacts(adapter.pools)
+    ids = () if prefix.ids is None else tuple(prefix.ids.tolist())
+    return AdapterFacts(adapter.pools, prefix.length, prefix.keys is None, prefix.shift, ids=ids, tasks=prefix.tasks)
 
 
 def _failure(what: str, error: Exception) -> AdapterdError:

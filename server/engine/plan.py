@@ -30,6 +30,7 @@ class Sequence:
     ids: list[int]
     prompt_end: int  # virtual + prompt length
     done: int = 0
+    shift: int = 0  # of its text: place in the KV cache - position id
     blocks: list[int] = field(default_factory=list)
     slots: Mapping[str, int] = field(default_factory=dict)  # pool -> slot, while running
     keys: list[bytes] = field(default_factory=list)  # hash chain of full blocks, computed on demand
@@ -39,6 +40,7 @@ class Sequence:
     scored: int = 0  # prompt tokens whose logprobs were reported, when asked for
     admitted_at: float = 0.0  # time.monotonic() of the first admission; 0 before
     started: bool = False  # its first token was sent
+    scores: list[tuple[float, ...]] = field(default_factory=list)  # so far, of a task that generates nothing
 
     @property
     def sampling(self) -> Sampling:
@@ -66,8 +68,13 @@ class Row:
 
     @property
     def samples(self) -> bool:
-        """Whether this row's last position is the sequence's last: its logits pick the next token."""
+        """Whether this row's last position is the sequence's last: it picks the next token, or completes the scores."""
         return self.sequence.request is not None and self.start + self.count == len(self.sequence.ids)
+
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether it is the final hidden states that are wanted, not logits over the vocabulary."""
+        return self.sequence.request is not None and self.sequence.request.task in ("classify", "embed")
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Sample:
-    """What the forward pass said about one row. `token` is None when its logits were not finite."""
+    """What the forward pass said about one row. `token` or `scores` is None when its numbers were not finite."""
 
     token: Token | None
     prompt: tuple[Token, ...] = ()  # scores of this chunk's prompt tokens, when asked for
+    scores: tuple[tuple[float, ...], ...] | None = ()  # what this chunk adds, where the task generates nothing

@@ -14,6 +14,7 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from adapters_store.digest import Digest
 
@@ -32,7 +33,11 @@ class AdapterFacts:
 
     pools: tuple[str, ...] = ()
     virtual: int = 0  # prefix positions
-    embedded: bool = False  # the prefix is embeddings, to be run once through the base
+    embedded: bool = False  # the prefix is embeddings or tokens, to be run once through the base
+    shift: int = 0  # prefix positions that take no position id: the text behind them starts that much lower
+    ids: tuple[int, ...] = ()  # the prefix's tokens, where it has any
+    tasks: int = 0  # the prefix is one per task, and a request must name its own
+    head: Literal[None, "last", "every"] = None  # which positions of a text its head reads
 
 
 @dataclass

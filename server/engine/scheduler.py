@@ -13,6 +13,7 @@ from collections import OrderedDict, deque
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Literal
 
 from adapters_store.digest import Digest
 
@@ -43,6 +44,8 @@ class _SharedPrefix:
     length: int
     adapters: tuple[Digest, ...]
     ready: bool
+    shift: int  # of the text behind it; see Sequence
+    ids: list[int]  # [length], VIRTUAL where a position has no token
 
 
 class _Admission(Enum):
@@ -165,8 +168,12 @@ class Scheduler:
                 self._prefix_advanced(sequence)
                 continue
             sample = samples.get(sequence)
-            if sample is not None:
+            if sample is None:
+                continue
+            if sequence.request.task == "generate":
                 self._sampled(sequence, sample, row.samples)
+            else:
+                self._scored(sequence, sequence.request, sample, row)
 
     # -- admission -----------------------------------------------------------------------------------------------
 
@@ -230,12 +237,26 @@ class Scheduler:
         lengths = [self.residency.facts(d).virtual for d in sequence.adapters]
         if sum(1 for n in lengths if n) > 1:
             raise ValidationError("`compose` takes at most one adapter with a prefix or soft prompt")
+        if any(self.residency.facts(d).tasks for d in sequence.adapters):
+            raise ValidationError("`task_id` is required: the adapter has a prompt per task")
         pools = [pool for d in sequence.adapters for pool in self.residency.facts(d).pools]
         if len(pools) != len(set(pools)):
             raise ValidationError("`compose` cannot apply two adapters of one family and size to one request")
         if sequence.request is not None:
             self._check_length(sequence.request, sum(lengths))
+            if sequence.request.task == "classify" and self._head_reads(sequence) is None:
+                raise ValidationError("`adapter_id` must name an adapter with a head to classify with")
         return sum(lengths)
+
+    def _head_reads(self, sequence: Sequence) -> Literal[None, "last", "every"]:
+        """Which positions of the text the head among the sequence's resident adapters reads; None without one."""
+        return next((facts.head for d in sequence.adapters if (facts := self.residency.facts(d)).head), None)
+
+    def _reads_every_position(self, sequence: Sequence, request: Request) -> bool:
+        """Whether all of the text must be computed: the states behind a mean or a token's label are in no cache."""
+        if request.task == "embed":
+            return request.pooling == "mean"
+        return request.task == "classify" and self._head_reads(sequence) == "every"
 
     def _begin_prefix(self, sequence: Sequence, virtual: int, plan: Plan) -> _Admission:
         """Give the adapter's prefix its blocks: filled from stored K/V, or computed by a sequence of its own."""
@@ -243,13 +264,14 @@ class Scheduler:
         if blocks is None:
             return _Admission.STOP
         owner = next(d for d in sequence.adapters if self.residency.facts(d).virtual)
-        embedded = self.residency.facts(owner).embedded
-        prefix = _SharedPrefix(blocks, virtual, sequence.adapters, ready=not embedded)
+        facts = self.residency.facts(owner)
+        ids = list(facts.ids) or [VIRTUAL] * virtual
+        prefix = _SharedPrefix(blocks, virtual, sequence.adapters, not facts.embedded, facts.shift, ids)
         self._prefixes[sequence.seed] = prefix
-        if not embedded:
+        if not facts.embedded:
             plan.changes.append(Fill(owner, tuple(blocks)))
             return self._start(sequence, prefix, plan)
-        build = Sequence(None, sequence.adapters, sequence.seed, virtual, [VIRTUAL] * virtual, virtual, blocks=blocks)
+        build = Sequence(None, sequence.adapters, sequence.seed, virtual, list(ids), virtual, blocks=blocks)
         self._join(build)
         return _Admission.PASS
 
@@ -257,7 +279,8 @@ class Scheduler:
         """Give the sequence its shared blocks and let it run."""
         if prefix is not None and not sequence.virtual:
             sequence.virtual = prefix.length
-            sequence.ids = [VIRTUAL] * prefix.length + sequence.ids
+            sequence.shift = prefix.shift
+            sequence.ids = prefix.ids + sequence.ids
             sequence.prompt_end += prefix.length
         size = self.pages.block_size
         shared = prefix.length // size if prefix else 0
@@ -298,7 +321,8 @@ class Scheduler:
 
     def _match(self, sequence: Sequence, shared: int) -> list[int]:
         """Cached blocks behind the shared prefix; at least one position is always left to compute."""
-        if sequence.request is None or sequence.sampling.prompt_logprobs:
+        request = sequence.request
+        if request is None or request.sampling.prompt_logprobs or self._reads_every_position(sequence, request):
             return []
         full = (len(sequence.ids) - 1) // self.pages.block_size
         self._extend_keys(sequence, full)
@@ -419,6 +443,25 @@ class Scheduler:
         if finish is None:
             self._outbox.append(event)
         else:
+            self._finish(sequence, event)
+
+    def _scored(self, sequence: Sequence, request: Request, sample: Sample, row: Row) -> None:
+        """Collect a chunk's scores; the last chunk's complete the request."""
+        if sample.scores is None:
+            self.fail(request.id, GenerationError("the adapter produced values that are not finite"))
+            return
+        if row.start == sequence.virtual:
+            sequence.scores.clear()  # it was preempted and starts again
+        sequence.scores += sample.scores
+        if row.samples:
+            self._publish_blocks(sequence)
+            event = Event(
+                request.id,
+                finish=FinishReason.SCORED,
+                cached_tokens=sequence.cached,
+                queue_seconds=sequence.admitted_at - request.arrival,
+                scores=tuple(sequence.scores),
+            )
             self._finish(sequence, event)
 
     def _token_event(self, sequence: Sequence, request: Request, token: Token, finish: FinishReason | None) -> Event:

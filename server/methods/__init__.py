@@ -11,22 +11,37 @@ from types import MappingProxyType
 from .base import Method
 from .bitfit import BitFit
 from .bottleneck import Bottleneck
+from .discrete_prompt import DiscretePrompt
+from .dora import Dora
+from .full import Full
+from .heads import Heads
 from .ia3 import IA3
+from .ln_tuning import LnTuning
 from .lora import Kernel, Lora
+from .maps import MakeLinear
 from .prefix_tuning import PrefixTuning
-from .prompt_tuning import PromptTuning, PTuning
+from .prompt_tuning import CPT, MultitaskPromptTuning, PromptTuning, PTuning
+from .trainable_tokens import TrainableTokens
 
 
-def build_methods(kernel: Kernel | None = None) -> Mapping[str, Method]:
+def build_methods(kernel: Kernel | None = None, linear: MakeLinear | None = None) -> Mapping[str, Method]:
     """The families, with LoRA's arithmetic done by `kernel` where one is given."""
     families: tuple[Method, ...] = (
         Lora(kernel),
+        Dora(kernel),
         IA3(),
         BitFit(),
+        LnTuning(),
+        Full(linear),
+        TrainableTokens(linear),
         Bottleneck(),
         PrefixTuning(),
         PromptTuning(),
         PTuning(),
+        CPT(),
+        MultitaskPromptTuning(),
+        DiscretePrompt(),
+        Heads(),
     )
     return MappingProxyType({family.name: family for family in families})
 

@@ -8,14 +8,15 @@ Owns the data shapes shared by all families. Knows no family by name, no model, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from adapters_store.digest import Digest
+from adapters_store.records import JSON
 
 from ..errors import AdapterError
 
@@ -30,6 +31,8 @@ class ModuleShape:
     in_features: int
     out_features: int
     bias: Tensor | None = None  # [out] fp32, None where the base has none
+    offset: float | None = 0.0  # a norm scales by offset + weight (gemma stores the distance from 1); None: it does not
+    gain: float | None = 1.0  # an embedding gives gain * weight[id] (gemma 3 scales inside); None: it does not
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,24 @@ class Sublayer:
     exit: str
 
 
+def no_weight(module: str) -> Tensor:
+    """`BaseShape.weight` where only the base's sizes are known. Raises: AdapterError naming the module."""
+    raise AdapterError(module, "is held against the base model's weight, and here only its sizes are known")
+
+
+def no_tokens(text: str, first: bool) -> Sequence[int]:
+    """`BaseShape.tokens` where there is no tokenizer. Raises: AdapterError naming the template."""
+    raise AdapterError("template", "is text, and here the base model has no tokenizer")
+
+
 @dataclass(frozen=True)
 class BaseShape:
-    """What an adapter must fit: names and sizes of the base, and its few small tensors (biases). No weights."""
+    """What an adapter must fit: names and sizes of the base, its small tensors (biases), and a way to read its weights.
+
+    `weight(module)` is for load time only: an fp32 copy on the CPU, unpacked on demand, of a Linear's or Conv1D's weight
+    [out, in], an embedding's [V, H] or a norm's [H] as it is stored. `tokens(text, first)` are the ids of one piece of a
+    prompt, those that open a text (BOS) included where it is the first.
+    """
 
     digest: Digest  # of the base's weights; part of every KV cache key
     model_type: str  # Hugging Face's, e.g. "llama"
@@ -65,6 +83,11 @@ class BaseShape:
     modules: Mapping[str, ModuleShape]  # every Linear, Conv1D, Embedding and norm, by its dotted name
     sublayers: tuple[Sublayer, ...] = ()  # empty where the architecture's layout is not known
     tied_embeddings: bool = False
+    window: int = 0  # positions that a sliding-window layer sees; 0: every layer sees all
+    head: str = "lm_head"  # the output head's name; it sees kept tokens only
+    embedding: str = ""  # the input embedding's name
+    weight: Callable[[str], Tensor] = field(default=no_weight, repr=False, compare=False)
+    tokens: Callable[[str, bool], Sequence[int]] = field(default=no_tokens, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -73,6 +96,7 @@ class Limits:
 
     max_rank: int = 256
     max_virtual_tokens: int = 512
+    max_full_bytes: int = 256 << 20  # whole matrices of one upload, as stored
 
 
 @dataclass(frozen=True)
@@ -92,19 +116,71 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Prefix:
-    """Positions in front of the text: ready K/V per layer, or embeddings still to be run once through the base.
+    """Positions in front of the text: ready K/V per layer, or embeddings or tokens still to be run once through the base.
 
-    Exactly one of (`keys` and `values`) and `embeddings` is set.
+    Exactly one of (`keys` and `values`), `embeddings` and `ids` is set. With `factors` it is a prefix per task (multitask
+    prompt tuning), `embeddings` being what the tasks share: nothing is served with it before `for_task` picked one.
     """
 
     length: int  # N, positions
     keys: Tensor | None = None  # [layers, N, kv_heads, head_dim], used as stored: no RoPE is applied
     values: Tensor | None = None  # [layers, N, kv_heads, head_dim]
     embeddings: Tensor | None = None  # [N, hidden]
+    positions: int | None = None  # how many positions the text is moved by; None: by `length` (AdapterHub's prefix: 0)
+    ids: Tensor | None = None  # [N] int64, plain tokens: a discrete prompt
+    factors: tuple[Tensor, Tensor] | None = None  # columns [tasks, N, k] and rows [tasks, k, hidden]
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks there are to choose from; 0: it is a prefix as it stands."""
+        return 0 if self.factors is None else len(self.factors[0])
+
+    def for_task(self, task: int) -> Prefix:
+        """One task's own soft prompt: the shared embeddings times (element by element) the task's columns @ rows.
+
+        Raises: AdapterError naming the field `task_id` for a prefix without tasks and for a task it does not have.
+        """
+        if self.factors is None or self.embeddings is None:
+            raise AdapterError("task_id", "the adapter has no tasks")
+        if not 0 <= task < self.tasks:
+            raise AdapterError("task_id", f"{task} is none of the adapter's {self.tasks} tasks, 0 to {self.tasks - 1}")
+        columns, rows = (factor[task].float() for factor in self.factors)
+        return replace(self, embeddings=self.embeddings.float() * (columns @ rows), factors=None)
+
+    @property
+    def shift(self) -> int:
+        """How far a text token's position id lies behind its place in the KV cache."""
+        return 0 if self.positions is None else self.length - self.positions
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.keys, self.values, self.embeddings) if t is not None)
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it holds."""
+        held = (self.keys, self.values, self.embeddings, self.ids, *(self.factors or ()))
+        return tuple(tensor for tensor in held if tensor is not None)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A classifier over the final hidden states: score(activation(dense(h))), the dense layer being optional."""
+
+    task: Literal["SEQ_CLS", "TOKEN_CLS"]  # one row of logits per text, or one per token of it
+    pooling: Literal["last", "mean"]  # of SEQ_CLS, over the text's own tokens
+    labels: tuple[str, ...]  # k names, by class index
+    tensors: Tensors  # fp32: score.weight [k, H'], and maybe score.bias [k], dense.weight [H', H], dense.bias [H']
+    activation: str | None = None  # a name in ACTIVATIONS
+
+    @property
+    def every_position(self) -> bool:
+        """Whether it reads all of a text, so that none of it may come from the prefix cache."""
+        return self.task == "TOKEN_CLS" or self.pooling == "mean"
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 @dataclass(frozen=True)
@@ -119,11 +195,14 @@ class Part:
     pool: str | None = None
     sites: Mapping[str, Tensors] = field(default_factory=dict)
     prefix: Prefix | None = None
+    head: Head | None = None
+    told: Mapping[str, JSON] = field(default_factory=dict)  # kept in the adapter's record, for whoever words requests
+    scale: Mapping[str, float] = field(default_factory=dict)  # LoRA's, by site: the factor that was folded into it
 
     @property
     def nbytes(self) -> int:
         own = sum(t.nbytes for tensors in self.sites.values() for t in tensors.values())
-        return own + (self.prefix.nbytes if self.prefix else 0)
+        return own + (self.prefix.nbytes if self.prefix else 0) + (self.head.nbytes if self.head else 0)
 
 
 @dataclass(frozen=True)
@@ -132,6 +211,7 @@ class Adapter:
 
     digest: Digest
     parts: tuple[Part, ...]
+    sources: frozenset[Digest] = frozenset()  # the stored adapters it was computed from; empty where it is stored itself
 
     @property
     def nbytes(self) -> int:
@@ -144,6 +224,10 @@ class Adapter:
     @property
     def prefix(self) -> Prefix | None:
         return next((part.prefix for part in self.parts if part.prefix is not None), None)
+
+    @property
+    def head(self) -> Head | None:
+        return next((part.head for part in self.parts if part.head is not None), None)
 
 
 @dataclass
@@ -227,6 +311,9 @@ class Method(ABC):
     """One PEFT family. Stateless; one instance per family in `METHODS`."""
 
     name: ClassVar[str]
+    #: For the table of methods in the README: what else gives a part of this family, and how it is served.
+    also: ClassVar[str] = ""
+    served: ClassVar[str] = ""
 
     @abstractmethod
     def read(self, checkpoint: Checkpoint, base: BaseShape, limits: Limits) -> Part:
@@ -254,15 +341,15 @@ def check_shape(tensor: str, got: Tensor, want: tuple[int, ...]) -> None:
         raise AdapterError(tensor, f"has shape {list(got.shape)}, the base model needs {list(want)}")
 
 
-def site_shape(base: BaseShape, module: str, tensor: str, kinds: tuple[str, ...]) -> ModuleShape:
-    """The module an op may be attached to: one of `kinds` that sees every token of the step as [T, features].
+def site_shape(base: BaseShape, module: str, tensor: str, kinds: tuple[str, ...], *, head: bool = False) -> ModuleShape:
+    """The module an op may be attached to: one of `kinds`, with the output head among them where `head` says so.
 
-    Raises: AdapterError naming the tensor for embeddings, the output head (it sees kept rows only) and per-head norms.
+    Raises: AdapterError naming the tensor for other kinds, an output head not asked for, and per-head norms.
     """
     shape = module_shape(base, module, tensor)
     if shape.kind not in kinds:
         raise AdapterError(tensor, f"{module!r} is a module of kind {shape.kind}; supported: {', '.join(kinds)}")
-    if "." not in module:
+    if module == base.head and not head:
         raise AdapterError(tensor, f"adapting the output head {module!r} is not supported")
     if shape.kind == "norm" and shape.out_features != base.hidden_size:
         raise AdapterError(tensor, f"{module!r} normalises heads, not hidden states; adapting it is not supported")

@@ -23,6 +23,8 @@ class BitFit(Method):
     """Bias deltas on Linear, Conv1D and norm modules."""
 
     name: ClassVar[str] = "bitfit"
+    also: ClassVar[str] = "`bias` of PEFT `LORA`, `ADALORA` and `VERA`"
+    served: ClassVar[str] = "a delta on any linear or norm, also one without a bias"
 
     def read(self, checkpoint: Checkpoint, base: BaseShape, limits: Limits) -> Part:
         if not checkpoint.sites:
@@ -35,7 +37,7 @@ class BitFit(Method):
 
 
 def _delta(module: str, tensors: Tensors, base: BaseShape) -> Tensor:
-    shape = site_shape(base, module, f"{module}.bias", ("linear", "conv1d", "norm"))
+    shape = site_shape(base, module, f"{module}.bias", ("linear", "conv1d", "norm"), head=True)
     (tensor,) = tensors.values()
     check_shape(f"{module}.bias", tensor, (shape.out_features,))
     if "delta" in tensors or shape.bias is None:

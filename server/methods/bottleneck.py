@@ -68,6 +68,7 @@ class Bottleneck(Method):
     """Bottleneck adapters at the exits of attention and feed-forward sublayers."""
 
     name: ClassVar[str] = "bottleneck"
+    served: ClassVar[str] = "after the attention's and feed-forward's exits"
 
     def read(self, checkpoint: Checkpoint, base: BaseShape, limits: Limits) -> Part:
         if not checkpoint.sites:

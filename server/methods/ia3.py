@@ -21,12 +21,13 @@ class IA3(Method):
     """IA3 on Linear and Conv1D modules."""
 
     name: ClassVar[str] = "ia3"
+    served: ClassVar[str] = "a vector per slot on a module's input or output"
 
     def read(self, checkpoint: Checkpoint, base: BaseShape, limits: Limits) -> Part:
         if not checkpoint.sites:
             raise AdapterError("ia3", "the upload holds no IA3 tensors")
         for module, tensors in checkpoint.sites.items():
-            shape = site_shape(base, module, f"{module}.ia3_l", ("linear", "conv1d"))
+            shape = site_shape(base, module, f"{module}.ia3_l", ("linear", "conv1d"), head=True)
             sizes = {"in": shape.in_features, "out": shape.out_features}
             for side, tensor in tensors.items():
                 check_shape(f"{module}.ia3_l", tensor, (sizes[side],))

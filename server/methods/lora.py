@@ -3,14 +3,18 @@
 Owns the neutral form both checkpoint dialects write, the "lora:<bucket>[:bf16]" pools and their arithmetic.
 Never reads files and never decides which rows it runs on.
 
-    Checkpoint.sites[module] = {"A": [r, in], "B": [out, r]}, optionally "bias" [out] (scaled like B)
+    Checkpoint.sites[module] = {"A": [r, in], "B": [out, r]}, an embedding's in being the vocabulary; optionally "bias"
+                               [out] (scaled like B), "base" and "base_bias", copies of the base's weight and bias,
+                               which have to be just that
     Checkpoint.config = {"scale": {module: float}}            alpha / r, or alpha / sqrt(r) for rsLoRA
-    Part.sites[module]: the same names with the scale folded into "B" and "bias"
+    Part.sites[module]: A, B and bias, with the scale (and an embedding's own gain) folded into "B" and "bias"
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import ClassVar, cast
 
 import torch
@@ -22,6 +26,7 @@ from .base import (
     Checkpoint,
     Limits,
     Method,
+    ModuleShape,
     Op,
     Part,
     Rows,
@@ -30,9 +35,13 @@ from .base import (
     site_shape,
 )
 from .grouped import Pool, PooledOp, per_row, split_of
+from .lora_embedding import EmbeddingLoraOp
 
-#: kernel(x, y, A, B, rows): adds B[slot]^T A[slot] x to the pool's rows of y [T, out], in place; A [S, r, in], B [S, r, out].
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Rows], None]
+#: run(x, y): adds each row's own product to y [T, out] in place.
+Run = Callable[[Tensor, Tensor], None]
+#: kernel(A, B, rows) -> run, which adds B[slot]^T A[slot] x to the pool's rows; A [S, r, in], B [S, r, out]. A run is made
+#: once per composition, so that a step pays for its arithmetic alone.
+Kernel = Callable[[Tensor, Tensor, Rows], Run]
 
 SMALLEST_BUCKET = 8
 
@@ -42,10 +51,19 @@ def bucket_of(rank: int) -> int:
     return max(SMALLEST_BUCKET, 1 << (rank - 1).bit_length())
 
 
+def pooled(sites: Mapping[str, Tensors]) -> Part:
+    """A part of these sites, in the pool that their largest rank and their values allow."""
+    pool = f"lora:{bucket_of(max(tensors['A'].shape[0] for tensors in sites.values()))}"
+    if all(_is_bf16(tensors[side]) for tensors in sites.values() for side in ("A", "B")):
+        pool, sites = f"{pool}:bf16", {module: _narrow(tensors) for module, tensors in sites.items()}
+    return Part(Lora.name, pool=pool, sites=sites)
+
+
 class Lora(Method):
-    """LoRA on Linear and Conv1D modules; `kernel` replaces the torch arithmetic where one is given."""
+    """LoRA on Linear, Conv1D and embedding modules; `kernel` replaces the torch arithmetic where one is given."""
 
     name: ClassVar[str] = "lora"
+    served: ClassVar[str] = "slot pools by rank bucket; bf16 storage where that is lossless"
 
     def __init__(self, kernel: Kernel | None = None) -> None:
         self.kernel = kernel
@@ -55,24 +73,35 @@ class Lora(Method):
         if not isinstance(scales, Mapping) or not checkpoint.sites:
             raise AdapterError("lora", "the upload holds no LoRA tensors")
         sites = {
-            module: _read_site(module, tensors, float(scales[module]), base, limits)
+            module: with_gain(base, module, read_site(module, tensors, float(scales[module]), base, limits))
             for module, tensors in checkpoint.sites.items()
         }
-        pool = f"lora:{bucket_of(max(tensors['A'].shape[0] for tensors in sites.values()))}"
-        if all(_is_bf16(tensors[side]) for tensors in sites.values() for side in ("A", "B")):
-            pool, sites = f"{pool}:bf16", {module: _narrow(tensors) for module, tensors in sites.items()}
-        return Part(self.name, pool=pool, sites=sites)
+        return replace(pooled(sites), scale={module: float(scales[module]) for module in sites})
 
     def op(self, part: Part, module: str, base: BaseShape, device: torch.device, dtype: torch.dtype) -> Op:
         shape = base.modules[module]
         _, rank, *narrow = str(part.pool).split(":")
         held = torch.bfloat16 if narrow else dtype
-        return LoraOp(int(rank), shape.in_features, shape.out_features, device, held, self.kernel)
+        return low_rank_op(shape, int(rank), device, held, self.kernel)
 
 
-def _read_site(module: str, tensors: Tensors, scale: float, base: BaseShape, limits: Limits) -> dict[str, Tensor]:
+def low_rank_op(
+    shape: ModuleShape, rank: int, device: torch.device, dtype: torch.dtype, kernel: Kernel | None
+) -> LoraOp | EmbeddingLoraOp:
+    """What adds B A x at a module of that shape."""
+    if shape.kind != "embedding":
+        return LoraOp(rank, shape.in_features, shape.out_features, device, dtype, kernel)
+    product = LoraOp(rank, rank, shape.out_features, device, dtype, kernel)
+    return EmbeddingLoraOp(shape.in_features, rank, product, device, dtype)
+
+
+def read_site(module: str, tensors: Tensors, scale: float, base: BaseShape, limits: Limits) -> dict[str, Tensor]:
+    """A and the scaled B (and bias) of one module. Raises: AdapterError naming the tensor that does not fit the base."""
+    shape = site_shape(base, module, f"{module}.lora_A", ("linear", "conv1d", "embedding"), head=True)
+    if shape.kind == "embedding" and (shape.gain is None or "bias" in tensors):
+        what = "a LoRA bias" if "bias" in tensors else "LoRA, for it is not a plain table of rows"
+        raise AdapterError(f"{module}.lora_A", f"the embedding {module!r} cannot have {what}")
     a, b = (_matrix(module, side, tensors) for side in ("A", "B"))
-    shape = site_shape(base, module, f"{module}.lora_A", ("linear", "conv1d"))
     rank = a.shape[0]
     if rank > limits.max_rank:
         raise AdapterError(f"{module}.lora_A", f"rank {rank} is over this server's limit of {limits.max_rank}")
@@ -82,7 +111,32 @@ def _read_site(module: str, tensors: Tensors, scale: float, base: BaseShape, lim
     if "bias" in tensors:
         check_shape(f"{module}.lora_B.bias", tensors["bias"], (shape.out_features,))
         site["bias"] = _scaled(f"{module}.lora_B.bias", tensors["bias"], scale)
+    if "base" in tensors:
+        _check_copy(module, tensors["base"], base)
+    if "base_bias" in tensors:
+        _check_same(f"{module}.base_layer.bias", tensors["base_bias"], shape.bias)
     return site
+
+
+def _check_copy(module: str, stored: Tensor, base: BaseShape) -> None:
+    """PEFT stores an adapted embedding's own weight too, and would load it over the base's."""
+    shape, name = base.modules[module], f"{module}.base_layer.weight"
+    swapped = shape.kind == "linear"
+    check_shape(name, stored, (shape.out_features, shape.in_features) if swapped else (shape.in_features, shape.out_features))
+    weight = base.weight(module)
+    _check_same(name, stored, weight.T if shape.kind == "conv1d" else weight)
+
+
+def _check_same(name: str, stored: Tensor, own: Tensor | None) -> None:
+    if own is None or not torch.equal(stored, own.to(stored.dtype)):
+        raise AdapterError(name, "differs from the base model's; the adapter was made for another base, or trained it")
+
+
+def with_gain(base: BaseShape, module: str, site: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An embedding that scales its rows (Gemma's) scales what is added to them too."""
+    shape = base.modules[module]
+    gain = shape.gain if shape.kind == "embedding" else 1.0
+    return site if gain in (None, 1.0) else {**site, "B": site["B"] * gain}
 
 
 def _is_bf16(tensor: Tensor) -> bool:
@@ -164,16 +218,25 @@ class LoraOp(PooledOp):
             pool.clear(slot)
 
     def after(self, x: Tensor, y: Tensor, rows: Rows) -> Tensor:
-        rows = self.held(rows)
-        if not rows.groups:
-            return y
-        if self.kernel is not None:
-            self.kernel(x, y, self.a.tensor, self.b.tensor, rows)
-        else:
-            self._torch(x, y, rows)
-        if self.bias is not None:
-            rows.store(y, rows.take(y) + per_row(self.bias.tensor, rows, (self, "bias")))
+        run = rows.scratch.get(self)
+        if run is None:
+            run = rows.scratch[self] = self._prepare(self.held(rows))
+        cast("Run", run)(x, y)
         return y
+
+    def _prepare(self, rows: Rows) -> Run:
+        """What this composition computes here; `rows` are this module's own."""
+        if not rows.groups:
+            return lambda x, y: None
+        if self.kernel is None:
+            product: Run = partial(self._torch, rows)
+        else:
+            product = self.kernel(self.a.tensor, self.b.tensor, rows)
+        return product if self.bias is None else partial(self._biased, product, self.bias.tensor, rows)
+
+    def _biased(self, product: Run, bias: Tensor, rows: Rows, x: Tensor, y: Tensor) -> None:
+        product(x, y)
+        rows.store(y, rows.take(y) + per_row(bias, rows, (self, "bias")))
 
     def _pools(self) -> list[Pool]:
         return [self.a, self.b] + ([self.bias] if self.bias else [])
@@ -185,7 +248,7 @@ class LoraOp(PooledOp):
             self.bias.grow(len(b))
         return self.bias
 
-    def _torch(self, x: Tensor, y: Tensor, rows: Rows) -> None:
+    def _torch(self, rows: Rows, x: Tensor, y: Tensor) -> None:
         split = split_of(rows)
         for slot, where in split.long:
             a, b = self.a.tensor[slot].to(x.dtype), self.b.tensor[slot].to(x.dtype)
@@ -201,10 +264,9 @@ class LoraOp(PooledOp):
 
     def _gathered(self, slots: slice | Tensor, rows: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A [m, r, in] and B [m, r, out] of the short rows: the pool itself, or a copy kept with the composition."""
-        kept = rows.scratch.get(self)
+        kept = rows.scratch.get((self, "gathered"))
         if kept is None:
-            kept = self.a.tensor[slots].to(dtype), self.b.tensor[slots].to(dtype)
-            rows.scratch[self] = kept
+            kept = rows.scratch[self, "gathered"] = self.a.tensor[slots].to(dtype), self.b.tensor[slots].to(dtype)
         return cast("tuple[Tensor, Tensor]", kept)
 
 

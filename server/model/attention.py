@@ -176,6 +176,7 @@ class AttentionShape:
     modules: tuple[nn.Module, ...]
     kv_heads: int
     head_dim: int
+    windowed: bool = False  # some layer sees a sliding window only
 
 
 @dataclass(frozen=True)
@@ -200,24 +201,39 @@ def probe(model: nn.Module, num_layers: int) -> AttentionShape:
         calls.append(_Call(module, (k.shape[1], k.shape[3]), bool(kwargs.get("sliding_window"))))
         return torch.zeros_like(q).transpose(1, 2)
 
-    with _recording(model, record):
+    with recording(model, record):
         _dry_run(model, [0])
         found = tuple(calls)
         _check_layers(model, found, num_layers)
-        _check_mixing(model)
+        if not next(model.parameters()).is_meta:  # without values there is nothing to compare
+            _check_mixing(model)
     kv_heads, head_dim = found[0].kv
-    return AttentionShape(tuple(call.module for call in found), kv_heads, head_dim)
+    return AttentionShape(tuple(call.module for call in found), kv_heads, head_dim, any(call.windowed for call in found))
 
 
 @contextmanager
-def _recording(model: nn.Module, handler: Callable[..., Tensor]) -> Iterator[None]:
-    for module in model.modules():
+def recording(model: nn.Module, handler: Callable[..., Tensor]) -> Iterator[None]:
+    """Whatever asks for attention in `model` is answered by handler(module, q, k, v, keyword arguments)."""
+    with bound(dict.fromkeys(model.modules(), handler)):
+        yield
+
+
+@contextmanager
+def bound(handlers: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
+    """Each module's attention, for a while."""
+    for module, handler in handlers.items():
         setattr(module, _SLOT, handler)
     try:
         yield
     finally:
-        for module in model.modules():
+        for module in handlers:
             delattr(module, _SLOT)
+
+
+def attention_of(module: nn.Module) -> LayerAttention | None:
+    """The module's own layer of the cache; None while something else answers for it, as in a dry run."""
+    handler = getattr(module, _SLOT, None)
+    return handler if isinstance(handler, LayerAttention) else None
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ from ..engine.plan import Row
 from ..methods.base import Rows
 from .step import Step
 
-_Composition = tuple[tuple[tuple[tuple[str, int], ...], int], ...]
+_Composition = tuple[tuple[tuple[tuple[str, int], ...], int, int], ...]  # of each row: slots, tokens, kept tokens
+_Run = tuple[int, int, int]  # slot, first token, count
 
 
 def order_rows(rows: Sequence[Row]) -> list[Row]:
@@ -53,7 +55,8 @@ class BatchBuilder:
         )
         contexts = starts + counts
         step.ids = self._put(np.maximum(ids, 0))  # virtual positions have no id; their embedding is put in later
-        step.positions = self._put(positions)
+        shifts = np.fromiter((row.sequence.shift for row in rows), np.int64, len(rows))
+        step.positions = self._put(positions - shifts[row_of])
         step.write = self._put(write + positions % self.block_size)
         step.tables = self._put(tables)
         step.starts = self._put(np.concatenate(([0], ends)).astype(np.int32))
@@ -63,7 +66,8 @@ class BatchBuilder:
         step.spans = tuple(zip(begins, ends.tolist(), contexts.tolist(), strict=True))
         step.decodes = int((counts == 1).sum())
         step.taps.clear()
-        self._fill_pools(rows, begins)
+        kept = np.searchsorted(np.asarray(keep, np.int64), np.concatenate((begins, ends[-1:])))
+        self._fill_pools(rows, begins, kept.tolist())
 
     def forget_composition(self) -> None:
         """Slots changed hands: what was gathered from them is stale."""
@@ -76,18 +80,26 @@ class BatchBuilder:
             tables[i, : len(row.sequence.blocks)] = row.sequence.blocks
         return tables
 
-    def _fill_pools(self, rows: Sequence[Row], begins: Sequence[int]) -> None:
-        composition = tuple((tuple(row.sequence.slots.items()), row.count) for row in rows)
+    def _fill_pools(self, rows: Sequence[Row], begins: Sequence[int], kept: Sequence[int]) -> None:
+        """`kept[i]` is row i's first place in `keep`, `kept[i + 1]` the one after its last."""
+        kept_counts = [last - first for first, last in pairwise(kept)]
+        composition = tuple(
+            (tuple(row.sequence.slots.items()), row.count, count) for row, count in zip(rows, kept_counts, strict=True)
+        )
         if composition == self._composition:
             return
-        runs: dict[str, list[tuple[int, int, int]]] = {}  # pool -> (slot, first token, count)
-        for row, begin in zip(rows, begins, strict=True):
-            for pool, slot in row.sequence.slots.items():
-                runs.setdefault(pool, []).append((slot, begin, row.count))
-        self.step.rows = {pool: self._rows(sorted(found)) for pool, found in runs.items()}
+        self.step.rows = self._pools(rows, begins, [row.count for row in rows])
+        self.step.kept_rows = self._pools(rows, kept[:-1], kept_counts)
         self._composition = composition
 
-    def _rows(self, runs: list[tuple[int, int, int]]) -> Rows:
+    def _pools(self, rows: Sequence[Row], begins: Sequence[int], counts: Sequence[int]) -> dict[str, Rows]:
+        runs: dict[str, list[_Run]] = {}
+        for row, begin, count in zip(rows, begins, counts, strict=True):
+            for pool, slot in row.sequence.slots.items() if count else ():
+                runs.setdefault(pool, []).append((slot, begin, count))
+        return {pool: self._rows(sorted(found)) for pool, found in runs.items()}
+
+    def _rows(self, runs: list[_Run]) -> Rows:
         index = np.concatenate([np.arange(begin, begin + count) for _, begin, count in runs])
         slot = np.repeat([s for s, _, _ in runs], [count for _, _, count in runs])
         first, n = int(index[0]), len(index)
@@ -104,7 +116,7 @@ class BatchBuilder:
         return torch.from_numpy(array).to(self.device)
 
 
-def _groups(runs: Sequence[tuple[int, int, int]]) -> tuple[tuple[int, int, int], ...]:
+def _groups(runs: Sequence[_Run]) -> tuple[tuple[int, int, int], ...]:
     """(slot, first token, count) sorted by slot -> (slot, start, stop) over the pool's rows, equal slots joined."""
     groups: list[tuple[int, int, int]] = []
     at = 0

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from ..methods.base import Rows
 from ..methods.lora import Kernel as LoraKernel
+from ..methods.maps import LinearMap, MakeLinear
 from .attention import PagedAttention, WriteKV, torch_attention, torch_write
 from .fused import fuse_model
+from .fused_layer import fuse_layers
 from .linear import pack_model
 from .native import NativeKernels, NativeUnavailable, open_library
 from .step import Step
@@ -30,6 +32,7 @@ class Kernels:
     attention: PagedAttention = torch_attention
     write: WriteKV = torch_write
     lora: LoraKernel | None = None  # None: LoRA's own torch arithmetic
+    linear: MakeLinear | None = None  # of matrices that adapters bring; None: torch's products
     prepare: Callable[[nn.Module], None] | None = None  # swaps modules of the base for packed and fused ones
 
 
@@ -51,11 +54,15 @@ def native_kernels(native: NativeKernels) -> Kernels:
             q, keys, values, step.tables, step.starts, step.contexts, scale=scale, window=window, softcap=softcap
         )
 
-    def lora(x: Tensor, y: Tensor, a: Tensor, b: Tensor, rows: Rows) -> None:
-        native.lora(x.contiguous(), y, a, b, rows.index, rows.slot)
+    def lora(a: Tensor, b: Tensor, rows: Rows) -> Callable[[Tensor, Tensor], None]:
+        return native.lora_over(a, b, rows.index, rows.slot)
+
+    def linear(weight: Tensor, bias: Tensor | None) -> LinearMap:
+        return native.packed_linear(weight if weight.dtype is torch.bfloat16 else weight.float(), bias)
 
     def prepare(model: nn.Module) -> None:
         pack_model(model, native)
         fuse_model(model, native)
+        fuse_layers(model, native)
 
-    return Kernels("native", attention, native.write_kv, lora, prepare)
+    return Kernels("native", attention, native.write_kv, lora, linear, prepare)

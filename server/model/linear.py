@@ -6,6 +6,7 @@ numbers. Replaces modules of a loaded model once; knows no adapters.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -22,6 +23,7 @@ class PackedModule(nn.Module):
     def __init__(self, native: NativeKernels, weight: Tensor, bias: Tensor | None) -> None:
         """weight [out, in]."""
         super().__init__()
+        self.extension: Callable[[Tensor, Tensor], Tensor] | None = None  # what adapters do to the output
         self.packed = native.packed_linear(_compact(weight), None if bias is None else bias.float())
         self.in_features, self.out_features = self.packed.in_features, self.packed.out_features
 
@@ -31,7 +33,8 @@ class PackedModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] fp32 -> [..., out]."""
-        return self.packed(x if x.is_contiguous() else x.contiguous())
+        y = self.packed(x if x.is_contiguous() else x.contiguous())
+        return y if self.extension is None else self.extension(x, y)
 
 
 class WideningEmbedding(nn.Module):

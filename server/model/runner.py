@@ -20,10 +20,11 @@ from adapters_store.digest import Digest
 from ..engine.plan import Change, Copy, Evict, Fill, Put, Row, Sample
 from ..engine.plan import Sequence as Seq
 from ..methods.base import Adapter, Method, Prefix
-from ..requests import Token
+from ..requests import Task, Token
 from .attention import LayerAttention, PagedAttention, WriteKV, bind, torch_attention, torch_write
 from .batch import BatchBuilder, order_rows
 from .loader import Base
+from .readout import Readout
 from .sampling import SampleRow, sample, score_prompt
 from .sites import Sites
 from .step import Step
@@ -66,12 +67,23 @@ class Runner:
         self._batch = BatchBuilder(self.step, cache.block_size, base.device)
         self._embed = base.model.get_input_embeddings()  # type: ignore[operator]
         self._prefixes: dict[Digest, Prefix] = {}
+        self._adapter_bytes: int | None = None  # until asked for again after a change
+        self._readout = Readout(base.model, base.device)
         bind(base.attention, [LayerAttention(kv[0], kv[1], self.step, attention, write) for kv in self._caches])
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Of the resident adapters: their pools and heads, and the prefixes kept for writing into pages again."""
+        if self._adapter_bytes is None:
+            prefixes = sum(prefix.nbytes for prefix in self._prefixes.values())
+            self._adapter_bytes = self.sites.nbytes + self._readout.nbytes + prefixes
+        return self._adapter_bytes
 
     # -- between forward passes ----------------------------------------------------------------------------------
 
     def apply(self, changes: Sequence[Change], adapters: Mapping[Digest, Adapter]) -> None:
         """Bring slots and blocks in line with a plan, in its order. `adapters` holds those that are being put."""
+        self._adapter_bytes = None
         with torch.inference_mode():
             for change in changes:
                 match change:
@@ -92,16 +104,19 @@ class Runner:
                 self.sites.put(part, slots[part.pool])
             if part.prefix is not None:
                 self._prefixes[adapter.digest] = part.prefix
+            if part.head is not None:
+                self._readout.put(adapter.digest, part.head)
 
     def _evict(self, digest: Digest, slots: Mapping[str, int]) -> None:
         for pool, slot in slots.items():
             self.sites.clear(pool, slot)
         self._prefixes.pop(digest, None)
+        self._readout.clear(digest)
 
     def _fill(self, prefix: Prefix, blocks: Sequence[int]) -> None:
         """Write stored K/V [layers, N, kv_heads, head_dim] into blocks that start at position 0."""
         if prefix.keys is None or prefix.values is None:
-            raise ValueError("a prefix of embeddings has no K/V to write")
+            raise ValueError("a prefix of embeddings or tokens has no K/V to write")
         at = torch.tensor(blocks, device=self.base.device)
         for layer, cache in enumerate(self._caches):
             for half, stored in ((0, prefix.keys), (1, prefix.values)):
@@ -109,18 +124,32 @@ class Runner:
                 padded[: prefix.length] = stored[layer].to(cache)
                 cache[half][at] = padded.view(len(blocks), *cache.shape[2:])
 
+    def warm_up(self, tokens: int) -> int:
+        """One pass over `tokens` tokens before anybody waits for one; returns the bytes of cache it wrote.
+
+        Threads start and buffers grow to a full step's size, so that what the process holds afterwards is what it needs.
+        """
+        cache = self._caches[0]
+        blocks = min(-(-tokens // cache.shape[2]), cache.shape[1] - 1)
+        count = min(tokens, blocks * cache.shape[2])
+        sequence = Seq(None, (), b"", 0, [0] * count, count, blocks=list(range(1, blocks + 1)))
+        self.run([Row(sequence, 0, count)])
+        self._batch.forget_composition()
+        return blocks * block_nbytes(self.base, cache.shape[2])
+
     # -- a forward pass ------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row]) -> dict[Seq, Sample]:
-        """One step. Returns a sample for each row that reached its end, and prompt scores where they were asked for."""
+        """One step. Returns a sample for each row that reached its end, and scores where they were asked for."""
         rows = order_rows(rows)
         kept = [_kept_positions(row) for row in rows]
         begins = list(accumulate((row.count for row in rows), initial=0))
         keep = [begin + offset for begin, offsets in zip(begins, kept, strict=False) for offset in offsets]
         self._batch.fill(rows, keep)
-        logits = self._forward(rows, begins)
-        return self._sample(rows, kept, logits)
+        with self._readout.watching(rows):
+            logits = self._forward(rows, begins)
+        return self._sample(rows, kept, logits) | self._readout.read(rows, begins)
 
     def _forward(self, rows: Sequence[Row], begins: Sequence[int]) -> Tensor:
         """-> logits [K, V] of the kept positions."""
@@ -133,20 +162,20 @@ class Runner:
 
     def _soft_prompts(self, rows: Sequence[Row], begins: Sequence[int]) -> Tensor | None:
         """[1, T, hidden] when some row is a soft prompt being run, with its embeddings in place; else None."""
-        builds = [(row, begin) for row, begin in zip(rows, begins, strict=False) if row.sequence.request is None]
+        builds = [(row, begin) for row, begin in zip(rows, begins, strict=False) if _is_soft_prompt(row)]
         if not builds:
             return None
         embedded: Tensor = self._embed(self.step.ids[None]).clone()
         for row, begin in builds:
             prompt = next(self._prefixes[d] for d in row.sequence.adapters if d in self._prefixes).embeddings
             if prompt is None:
-                raise ValueError("a prefix of ready K/V needs no run through the base")
+                raise ValueError("a prefix without embeddings is no soft prompt")
             embedded[0, begin : begin + row.count] = prompt[row.start : row.start + row.count].to(embedded)
         return embedded
 
     def _sample(self, rows: Sequence[Row], kept: Sequence[range], logits: Tensor) -> dict[Seq, Sample]:
         ends = list(accumulate(len(offsets) for offsets in kept))
-        finished = [i for i, row in enumerate(rows) if row.samples]
+        finished = [i for i, row in enumerate(rows) if row.samples and _task(row) == "generate"]
         tokens: dict[int, Token | None] = {}
         if finished:
             last = torch.tensor([ends[i] - 1 for i in finished], device=logits.device)
@@ -155,7 +184,9 @@ class Runner:
         samples: dict[Seq, Sample] = {}
         for i, row in enumerate(rows):
             prompt = self._score(row, kept[i], logits[ends[i] - len(kept[i]) : ends[i]]) if _wants_scores(row) else ()
-            if row.samples or prompt:
+            if _task(row) == "score" and row.samples:
+                samples[row.sequence] = _score_choices(row, logits[ends[i] - 1])
+            elif i in tokens or prompt:
                 samples[row.sequence] = Sample(tokens.get(i), prompt)
         return samples
 
@@ -178,6 +209,25 @@ def _zeros(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> T
     return torch.from_numpy(np.zeros(math.prod(size) * dtype.itemsize, np.uint8)).view(dtype).view(size)
 
 
+def _is_soft_prompt(row: Row) -> bool:
+    """Whether it is a prefix being run whose positions have no tokens, but embeddings of their own."""
+    return row.sequence.request is None and min(row.sequence.ids) < 0
+
+
+def _task(row: Row) -> Task | None:
+    """None for a soft prompt being run."""
+    return None if row.sequence.request is None else row.sequence.request.task
+
+
+def _score_choices(row: Row, logits: Tensor) -> Sample:
+    """logits [V] behind a prompt -> the logprobs of the tokens that its request asks about."""
+    choices = row.sequence.request.choices if row.sequence.request is not None else ()
+    logprobs = logits.float().log_softmax(-1)
+    scores = logprobs[torch.tensor(choices, device=logits.device, dtype=torch.int64)].tolist()
+    finite = bool(torch.isfinite(logits).all())
+    return Sample(None, scores=(tuple(scores),) if finite else None)
+
+
 def _wants_scores(row: Row) -> bool:
     """Whether this chunk holds prompt positions whose scores were asked for and not yet given."""
     seq = row.sequence
@@ -187,11 +237,12 @@ def _wants_scores(row: Row) -> bool:
 def _kept_positions(row: Row) -> range:
     """Offsets within the row whose logits are wanted."""
     if not _wants_scores(row):
-        return range(row.count - 1, row.count) if row.samples else range(0)
+        return range(row.count - 1, row.count) if row.samples and not row.reads_hidden else range(0)
     seq = row.sequence
     done = seq.virtual + max(seq.scored, 1) - 1  # the position that predicts the next prompt token to score
     return range(max(0, done - row.start), row.count)
 
 
 def _sample_row(seq: Seq) -> SampleRow:
-    return SampleRow(seq.sampling, lambda: seq.ids[seq.virtual : seq.prompt_end], seq.ids[seq.prompt_end :])
+    """The tokens of a discrete prompt count as the prompt's own; positions without a token do not."""
+    return SampleRow(seq.sampling, lambda: [i for i in seq.ids[: seq.prompt_end] if i >= 0], seq.ids[seq.prompt_end :])

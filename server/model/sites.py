@@ -8,9 +8,9 @@ and nothing else; which rows go through them is read from `Step`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,24 @@ from torch.utils.hooks import RemovableHandle
 
 from ..methods.base import BaseShape, Method, Op, Part
 from .step import Step
+
+
+@runtime_checkable
+class Extensible(Protocol):
+    """A module of our own that calls `extension(x, y)` on its input and output: a hook without a hook's cost."""
+
+    extension: Callable[[Tensor, Tensor], Tensor] | None
+
+
+class Extension:
+    """What a module calls after itself, until removed."""
+
+    def __init__(self, module: Extensible, act: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self._module = module
+        module.extension = act
+
+    def remove(self) -> None:
+        self._module.extension = None
 
 
 @dataclass(eq=False)
@@ -33,13 +51,15 @@ class _Pooled:
 class Site:
     """One module with at least one op. Invariant: hooks are attached exactly while they have something to do."""
 
-    def __init__(self, module: nn.Module, step: Step) -> None:
+    def __init__(self, module: nn.Module, step: Step, *, kept: bool = False, ids: bool = False) -> None:
+        """`kept`: the module sees the step's kept tokens only; `ids`: its input is token ids [1, T], not features."""
         self.module = module
+        self._kept, self._ids = kept, ids
         self.pools: dict[str, _Pooled] = {}
         self._step = step
         self._before: tuple[_Pooled, ...] = ()
         self._after: tuple[_Pooled, ...] = ()
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle | Extension] = []
 
     def attach(self) -> None:
         """Bring the hooks in line with the ops."""
@@ -50,30 +70,38 @@ class Site:
         for handle in self._handles:
             handle.remove()
         self._before, self._after = before, ordered
-        self._handles = [self.module.register_forward_hook(self._run_after)] if ordered else []
+        self._handles = [self._attach_after()] if ordered else []
         if self._before:
             self._handles.append(self.module.register_forward_pre_hook(self._run_before))
 
+    def _attach_after(self) -> RemovableHandle | Extension:
+        if isinstance(self.module, Extensible):
+            return Extension(self.module, self._act)
+        return self.module.register_forward_hook(lambda module, args, output: self._act(args[0], output))
+
     def _run_before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         x = flat = args[0]
+        pools = self._step.kept_rows if self._kept else self._step.rows
         for pooled in self._before:
-            rows = self._step.rows.get(pooled.pool)
+            rows = pools.get(pooled.pool)
             if rows is not None:
                 flat = pooled.op.before(flat.reshape(-1, flat.shape[-1]), rows)
         return None if flat is x else (flat.view(x.shape), *args[1:])
 
-    def _run_after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def _act(self, given: Tensor, output: Tensor) -> Tensor:
+        """The module's output through the ops of this step's rows. given [1, T, in] or ids [1, T], output [1, T, out]."""
         x: Tensor | None = None
-        y = output
+        y = flat = output
+        pools = self._step.kept_rows if self._kept else self._step.rows
         for pooled in self._after:
-            rows = self._step.rows.get(pooled.pool)
+            rows = pools.get(pooled.pool)
             if rows is None:
                 continue
             if x is None:
-                x = args[0].reshape(-1, args[0].shape[-1])
-                y = output.view(-1, output.shape[-1])
+                x = given.reshape(-1) if self._ids else given.reshape(-1, given.shape[-1])
+                y = flat = output.view(-1, output.shape[-1])
             y = pooled.op.after(x, y, rows)
-        return output if x is None else y.view(output.shape)
+        return output if y is flat else y.view(output.shape)
 
 
 @dataclass
@@ -150,7 +178,7 @@ class Sites:
         self._where.pop((pool, slot), None)
 
     def _pooled(self, name: str, part: Part) -> _Pooled:
-        site = self._sites.get(name) or Site(self._modules[name], self._step)
+        site = self._sites.get(name) or self._site(name)
         pool = str(part.pool)
         pooled = site.pools.get(pool)
         if pooled is None:
@@ -159,6 +187,10 @@ class Sites:
             pooled = site.pools[pool] = _Pooled(pool, op)
             self._sites[name] = site
         return pooled
+
+    def _site(self, name: str) -> Site:
+        shape = self._base.modules[name]
+        return Site(self._modules[name], self._step, kept=name == self._base.head, ids=shape.kind == "embedding")
 
     def _tap(self, op: Op) -> None:
         for name in op.taps:

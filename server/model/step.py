@@ -39,4 +39,5 @@ class Step:
     spans: tuple[tuple[int, int, int], ...] = ()  # (start, stop, context) of each row, on the host
     decodes: int = 0  # the first `decodes` rows have exactly one token each
     rows: dict[str, Rows] = field(default_factory=dict)  # pool -> its tokens in this step
+    kept_rows: dict[str, Rows] = field(default_factory=dict)  # pool -> its places in `keep`: what the output head sees
     taps: dict[str, Tensor] = field(default_factory=dict)  # module name -> its input [T, in], where an op asks for it

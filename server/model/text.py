@@ -48,6 +48,7 @@ class Text:
         self.special_ids: frozenset[int] = frozenset(id for id, token in added.items() if token.special) | self.eos_ids
         self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
         self._pieces: dict[int, str] = {}
+        self._opening = _opening(self.encode("a"), self.encode("a", special=False))
 
     @property
     def has_chat_template(self) -> bool:
@@ -60,6 +61,11 @@ class Text:
         """
         encoding = self._backend.encode_batch_fast([_whole(text)], add_special_tokens=special)[0]
         return list(encoding.ids if truncate is None else encoding.ids[-truncate:])
+
+    def encode_piece(self, text: str, first: bool) -> list[int]:
+        """Ids of one piece of a prompt that is put together from several: the tokens that open a text (BOS) come with the
+        first piece, those that would close one with none."""
+        return [*(self._opening if first else ()), *self.encode(text, special=False)]
 
     def offsets(self, text: str, *, special: bool = True) -> list[Offset]:
         """The tokens of `text`, each with the characters it covers (none for a special token that was added)."""
@@ -94,6 +100,12 @@ class Text:
         except (TemplateError, TypeError, ValueError) as error:
             raise ValidationError(f"`messages` do not fit the chat template: {error}") from error
         return str(rendered)
+
+
+def _opening(whole: Sequence[int], plain: Sequence[int]) -> tuple[int, ...]:
+    """What the tokenizer puts in front of a text: `whole` is one with its special tokens, `plain` the same without."""
+    starts = range(len(whole) - len(plain) + 1)
+    return tuple(whole[: next((at for at in starts if list(whole[at : at + len(plain)]) == list(plain)), 0)])
 
 
 def _whole(text: str) -> str:

@@ -15,6 +15,12 @@ def test_equal_files_give_equal_bytes_in_any_order() -> None:
     assert manifest.decode(data, Digest.of(data)) == {"größe": A, "y": B}
 
 
+def test_files_of_parts_are_told_apart_by_their_part() -> None:
+    data = manifest.encode({"lora/x": A, "prefix/x": B})
+    assert manifest.decode(data, Digest.of(data)) == {"lora/x": A, "prefix/x": B}
+    assert data != manifest.encode({"lora/x": B, "prefix/x": A})
+
+
 def test_other_bytes_than_the_digest_names_are_corrupt() -> None:
     with pytest.raises(Corrupt, match="its sha256 is"):
         manifest.decode(manifest.encode({"x": A}), Digest.of(b"another"))
@@ -30,6 +36,7 @@ def test_other_bytes_than_the_digest_names_are_corrupt() -> None:
         b'{"x":1}',
         b'{"x":["ab",1]}',
         b'{"../x":["%s",1]}' % A.blob.encode(),
+        b'{"a/b/x":["%s",1]}' % A.blob.encode(),
         b'{"x":["%s"]}' % A.blob.encode(),
         b'{"x":["%s","y"]}' % A.blob.encode(),
         b'{"x":["%s",null]}' % A.blob.encode(),

@@ -62,12 +62,26 @@ def test_users_and_tenants_may_be_email_addresses_and_adapters_may_not() -> None
         check_name("adapter_id", "support@2")
 
 
-@pytest.mark.parametrize("value", ["adapter_config.json", ".gitattributes", "pytorch adapter.bin", "größe.json"])
+@pytest.mark.parametrize(
+    "value",
+    ["adapter_config.json", ".gitattributes", "pytorch adapter.bin", "größe.json", "lora/adapter_config.json", ".a/b..c"]
+    + [f"{'x' * MAX_NAME}/{'y' * MAX_NAME}"],
+)
 def test_plain_file_names_are_returned_as_they_are(value: str) -> None:
     assert check_file_name(value) is value
 
 
-@pytest.mark.parametrize("value", ["", ".", "..", "...", "a/b", "/a", "a\\b", "a\x00", "a\nb", "\ud800", "x" * (MAX_NAME + 1)])
+BAD_COMPONENTS = ("", ".", "..", "...", "a\\b", "a\x00", "a\nb", "\ud800", "x" * (MAX_NAME + 1))
+
+
+@pytest.mark.parametrize("value", [*BAD_COMPONENTS, "/", "a/b/c", "a//b", "/a/b", "C:\\a/b"])
 def test_other_file_names_are_refused(value: str) -> None:
     with pytest.raises(Invalid, match=r"^files: a file name must"):
         check_file_name(value)
+
+
+@pytest.mark.parametrize("component", BAD_COMPONENTS)
+def test_part_and_file_are_each_held_to_the_rules(component: str) -> None:
+    for value in (f"{component}/file", f"part/{component}"):
+        with pytest.raises(Invalid, match=r"^files: a file name must"):
+            check_file_name(value)

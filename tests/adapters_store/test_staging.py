@@ -29,8 +29,10 @@ def test_files_are_readable_before_they_are_published(store: Store) -> None:
 
 def test_no_path_is_made_of_a_name(store: Store) -> None:
     with store.stage() as staged:
-        staged.write("adapter_config.json", [b"{}"])
-        assert "adapter_config" not in str(staged.paths["adapter_config.json"])
+        for name in ("adapter_config.json", "lora/adapter_config.json"):
+            staged.write(name, [name.encode()])
+            assert "adapter_config" not in str(staged.paths[name])
+        assert {name: path.read_bytes().decode() for name, path in staged.paths.items()} == {n: n for n in staged.paths}
 
 
 def test_leaving_without_publishing_removes_everything(store: Store, root: Path) -> None:

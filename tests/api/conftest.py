@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from adapters_store.records import AdapterRecord
 from adapters_store.store import Store
 from server.api.app import create_app
-from server.api.context import Readiness
+from server.api.readiness import Readiness
 from server.engine.client import Mailbox
 from server.metrics import Metrics
 from server.model.text import Text
@@ -56,12 +56,12 @@ class World:
         """What every generation from now on answers."""
         self.engine.script = lambda request: self.text.encode(answer)
 
-    def add(self, name: str, *, virtual: int = 0) -> AdapterRecord:
-        """Put an adapter into the store directly."""
+    def add(self, name: str, *, virtual: int = 0, part: str = "lora", tenant: str = "default", **told: Any) -> AdapterRecord:
+        """Put an adapter into the store directly; `told` is what else its record says."""
         with self.store.stage() as staged:
             staged.write("adapter_config.json", [name.encode()])
-            details = {"virtual_tokens": virtual}
-            return self.store.publish(staged, tenant="default", name=name, method="lora", parts=("lora",), details=details)[0]
+            details = {"virtual_tokens": virtual, **told}
+            return self.store.publish(staged, tenant=tenant, name=name, method=part, parts=(part,), details=details)[0]
 
     async def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
         return await self.http.post(path, json=body, headers=headers)

@@ -69,6 +69,7 @@ class FakeEngine:
     silent: bool = False  # accept, and never answer
     pause_after: int = 0  # hold when a request has got this many tokens
     crash: Exception | None = None  # raised by residency, as a bug would
+    scorer: Callable[[Request], tuple[tuple[float, ...], ...]] = lambda request: ((0.5, 2.0, -1.0),)
     submitted: list[Request] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     resident: dict[Digest, tuple[str, str | None]] = field(default_factory=dict)
@@ -160,6 +161,9 @@ class FakeEngine:
         if self.failure is not None and index >= self.failure_after:
             del self._running[request.id]
             return Event(request.id, finish=FinishReason.ERROR, error=self.failure)
+        if request.task != "generate":
+            del self._running[request.id]
+            return Event(request.id, finish=FinishReason.SCORED, scores=self.scorer(request), queue_seconds=0.25)
         item.made += 1
         self.held = self.held or item.made == self.pause_after
         id = item.script[index]

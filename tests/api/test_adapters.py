@@ -56,6 +56,17 @@ async def test_upload_of_several_parts(world: World) -> None:
     assert world.last.sampling.max_new_tokens == 100 - 1 - 7
 
 
+async def test_files_of_parts_are_kept_under_their_part(world: World) -> None:
+    """curl and browsers send such names too; a model card in a part is left out like any other."""
+    more = {"lora/adapter_config.json": b"one", "soft/adapter_config.json": b"two", "soft/README.md": b"three"}
+    record = (await upload(world, **more)).json()
+    stored = world.store.files(record["digest"])
+    assert {name: path.read_bytes() for name, path in stored.items() if "/" in name} == {
+        "lora/adapter_config.json": b"one",
+        "soft/adapter_config.json": b"two",
+    }
+
+
 async def test_same_content_again_changes_nothing(world: World) -> None:
     first = await upload(world)
     again = await upload(world, **{"README.md": b"a model card that differs"})
@@ -94,6 +105,9 @@ async def test_fields_may_come_in_any_order_and_in_any_pieces(world: World) -> N
         (form(part('name="adapter_id"', b"a"), part('name="files"', b"x")), 422, "`files` must be files with names"),
         (form(part('name="other"', b"a")), 422, "`other` is not a field of this form"),
         (form(part('name="files"; filename="../x"', b"a")), 422, "`files` a file name must be printable"),
+        (form(part('name="files"; filename="lora/.."', b"a")), 422, "`files` a file name must be printable"),
+        (form(part('name="files"; filename="/x"', b"a")), 422, "`files` a file name must have 1 to 128 characters"),
+        (form(part('name="files"; filename="a/b/x"', b"a")), 422, "`files` a file name must have at most one '/'"),
         (
             form(*[part('name="files"; filename="adapter_config.json"', b"{}")] * 2),
             422,

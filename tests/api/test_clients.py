@@ -14,6 +14,7 @@ import pytest
 import uvicorn
 
 from server.model.text import Text
+from server.recipes import Merge
 
 from .conftest import World, build
 
@@ -56,6 +57,33 @@ def test_lorax_client(live: Live) -> None:
     streamed = list(client.generate_stream("hello", max_new_tokens=30, stop_sequences=[", how"]))
     assert streamed[-1].generated_text == " world, how"
     assert streamed[-1].details.finish_reason.value == "stop_sequence"
+
+
+def test_lorax_client_merges(live: Live) -> None:
+    lorax = pytest.importorskip("lorax")
+    client = lorax.Client(live.url)
+    digest = live.world.store.get("default", "support").digest
+    merged = lorax.MergedAdapters(
+        ids=["support", "support"],
+        weights=[2.0, 0.3],
+        merge_strategy="ties",
+        density=0.2,
+        majority_sign_method="total",
+    )
+    assert client.generate("hello", merged_adapters=merged, max_new_tokens=30).generated_text == ANSWER
+    assert live.world.last.recipes == (Merge((digest, digest), (2.0, 0.3), "ties", 0.2, "total"),)
+    plain = lorax.MergedAdapters(ids=["support"], weights=[1.0], density=0.0)
+    assert list(client.generate_stream("hello", merged_adapters=plain, max_new_tokens=30))[-1].generated_text == ANSWER
+    assert live.world.last.recipes == (Merge((digest,), (1.0,)),)
+
+
+def test_lorax_client_classifies_and_embeds(live: Live) -> None:
+    lorax = pytest.importorskip("lorax")
+    live.world.add("mood", head={"task_type": "SEQ_CLS", "pooling": "last", "labels": ["no", "yes", "maybe"]})
+    live.world.store.bind_user("default", "ann", "mood")
+    client = lorax.Client(live.url, headers={"X-User-Id": "ann"})  # its classify and embed take no adapter
+    assert [entity["label"] for entity in client.classify("hello").entities] == ["yes", "no", "maybe"]
+    assert len(client.embed("hello").embeddings) == 3
 
 
 def test_lorax_client_raises_its_own_errors(live: Live) -> None:

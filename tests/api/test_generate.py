@@ -190,11 +190,6 @@ TOTAL = "`inputs` tokens + `max_new_tokens` must be <= 100. "
         ({"response_format": {"type": "json_object"}}, "`response_format` is not supported"),
         ({"grammar": {"type": "json", "value": "{}"}}, "`grammar` is not supported"),
         ({"adapter_source": "hub"}, "`adapter_source` is not supported"),
-        ({"merged_adapters": {"ids": ["a"]}}, "`merged_adapters` is not supported"),
-        (
-            {"merged_adapters": {"ids": ["a"]}, "adapter_id": "a"},
-            "at most one of `adapter_id` or `adapters` may be provided",
-        ),
         ({"temperature": "0.5"}, '`temperature` must be a number. Given: "0.5"'),
         ({"temperature": True}, "`temperature` must be a number. Given: true"),
         ({"top_k": 1.5}, "`top_k` must be an integer. Given: 1.5"),
@@ -385,7 +380,7 @@ async def test_user_goes_through_the_bound_adapter(world: World) -> None:
 
 
 async def test_compose_applies_both(world: World) -> None:
-    mine, other = world.add("mine"), world.add("other")
+    mine, other = world.add("mine", part="ia3"), world.add("other")
     world.store.bind_user("default", "alice", "mine")
     body: dict[str, Any] = {"inputs": "a", "user_id": "alice", "parameters": {"adapter_id": "other", "compose": True}}
     response = await world.post("/generate", body)

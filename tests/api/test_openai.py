@@ -145,7 +145,7 @@ async def test_model_may_be_an_adapter(world: World) -> None:
 
 
 async def test_user_is_the_bound_user(world: World) -> None:
-    mine, other = world.add("mine"), world.add("other")
+    mine, other = world.add("mine", part="ia3"), world.add("other")
     world.store.bind_user("default", "alice", "mine")
     await world.post("/v1/chat/completions", chat(user="alice"))
     assert world.last.adapters == (mine.digest,)

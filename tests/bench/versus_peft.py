@@ -120,7 +120,7 @@ def main(rounds: int) -> None:
             paths = {path.name: path for path in (Path(temporary) / f"a{row}").iterdir()}
             digest = Digest.of(str(row).encode())
             adapters[digest] = read_adapter(paths, base.shape, Limits(), digest)
-    runner = Runner(base, CacheShape(257, 16), build_methods(kernels.lora), kernels.attention, kernels.write)
+    runner = Runner(base, CacheShape(257, 16), build_methods(kernels.lora, kernels.linear), kernels.attention, kernels.write)
     ours = Ours(base, runner, adapters)
     generator = torch.Generator().manual_seed(1)
     ours.generate(torch.randint(5, 40_000, (ROWS, PROMPT), generator=generator).tolist(), lora=True, new=2)

@@ -48,7 +48,7 @@ def logs() -> Iterator[list[Any]]:
 def vectors(name: str) -> Adapter:
     """A BitFit adapter whose effect is plain to see."""
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
-    sites = {f"model.layers.{i}.mlp.down_proj": {"delta": torch.randn(32, generator=generator)} for i in range(2)}
+    sites = {f"model.layers.{i}.mlp.down_proj": {"delta": 3 * torch.randn(32, generator=generator)} for i in range(2)}
     return Adapter(Digest.of(name.encode()), (Part("bitfit", "bitfit", sites),))
 
 
@@ -244,7 +244,7 @@ def test_pending_and_stats_follow_the_requests() -> None:
     assert stats.kv_blocks_total == 256
     assert (stats.slots_used, stats.slots_total, stats.resident) == (1, 3, (DIGESTS["a"],))
     assert stats.waiting_for == (DIGESTS["b"],)
-    assert stats.device_bytes == lab.runner.sites.nbytes > 0
+    assert stats.device_bytes == lab.runner.adapter_bytes > 0
     lab.run()
     stats = lab.engine.stats()
     assert (stats.running, stats.waiting, stats.kv_blocks_used, lab.engine.pending) == (0, 0, 0, 0)

@@ -12,19 +12,23 @@ from hypothesis import strategies as st
 
 from adapters_store.digest import Digest
 from server.engine.pages import Pages
-from server.engine.plan import Copy, Evict, Fill, Plan, Put, Sample, Sequence
+from server.engine.plan import Copy, Evict, Fill, Plan, Put, Row, Sample, Sequence
 from server.engine.residency import AdapterFacts, Residency
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.errors import GenerationError, ValidationError
-from server.requests import Event, FinishReason, Request, Sampling, Token
+from server.requests import Event, FinishReason, Request, Sampling, Task, Token
 
 BASE = Digest("0" * 64)
 EOS = 2
-LORA, PREFIX, PROMPT = (Digest(letter * 64) for letter in "abc")
+LORA, PREFIX, PROMPT, UNMOVED = (Digest(letter * 64) for letter in "abcd")
+LAST, EVERY = (Digest(letter * 64) for letter in "ef")
 FACTS = {
     LORA: AdapterFacts(("lora:16",)),
     PREFIX: AdapterFacts((), virtual=5),
+    UNMOVED: AdapterFacts((), virtual=5, shift=5),
     PROMPT: AdapterFacts((), virtual=6, embedded=True),
+    LAST: AdapterFacts(("head",), head="last"),
+    EVERY: AdapterFacts(("head",), head="every"),
 }
 
 
@@ -51,13 +55,16 @@ class Bench:
         params = Sampling(**{"max_new_tokens": 3, **sampling})  # type: ignore[arg-type]
         self.scheduler.submit(Request(id, tenant, adapters, tuple(prompt), params))
 
+    def ask(self, task: Task, id: str, prompt: list[int], *adapters: Digest, **more: object) -> None:
+        self.scheduler.submit(Request(id, "t", adapters, tuple(prompt), Sampling(0), task=task, **more))  # type: ignore[arg-type]
+
     def step(self, *, load: bool = True) -> Plan:
         plan = self.scheduler.plan()
         self.plans.append(plan)
         if load:
             for digest in plan.loads:
                 self.residency.loaded(digest, FACTS[digest])
-        samples = {row.sequence: Sample(self._token(row.sequence)) for row in plan.rows if row.samples}
+        samples = {row.sequence: self._sample(row) for row in plan.rows if row.samples or EVERY in row.sequence.adapters}
         self.scheduler.advance(plan.rows, samples)
         self.events += self.scheduler.take_events()
         return plan
@@ -74,6 +81,20 @@ class Bench:
 
     def finish(self, id: str) -> list[FinishReason]:
         return [event.finish for event in self.events if event.request_id == id and event.finish is not None]
+
+    def scores(self, id: str) -> tuple[tuple[float, ...], ...]:
+        (event,) = [event for event in self.events if event.request_id == id]
+        return event.scores
+
+    def _sample(self, row: Row) -> Sample:
+        """Of a head that reads every position, a row of scores for each: the position itself."""
+        sequence = row.sequence
+        if sequence.request is None or sequence.request.task == "generate":
+            return Sample(self._token(sequence))
+        if self.choose(sequence) is None:
+            return Sample(None, scores=None)
+        reached = range(row.start, row.start + row.count)
+        return Sample(None, scores=tuple((float(n),) for n in (reached if EVERY in sequence.adapters else reached[-1:])))
 
     def _token(self, sequence: Sequence) -> Token | None:
         id = self.choose(sequence)
@@ -136,6 +157,83 @@ def test_values_that_are_not_finite_end_the_request_and_are_never_cached() -> No
     assert all(event.cached_tokens == 0 for event in bench.events if event.request_id == "again")
 
 
+def test_a_task_that_generates_nothing_ends_with_its_prefill() -> None:
+    bench = Bench(max_batch_tokens=4)
+    bench.ask("classify", "last", list(range(3, 13)), LAST)
+    bench.ask("classify", "every", list(range(3, 13)), EVERY)
+    bench.ask("embed", "embedded", [3, 4])
+    bench.ask("score", "scored", [3, 4], choices=(1, 2))
+    bench.run()
+    assert bench.scores("last") == ((9.0,),)
+    assert bench.scores("every") == tuple((float(n),) for n in range(10))  # three chunks, one event
+    assert [bench.finish(id) for id in ("last", "every", "embedded", "scored")] == [[FinishReason.SCORED]] * 4
+    bench.scheduler.check_idle()
+
+
+def test_what_reads_every_position_takes_none_from_the_prefix_cache_and_leaves_them_there() -> None:
+    bench = Bench()
+    prompt = list(range(3, 16))
+    cached = {}
+    for adapter in (EVERY, LAST):
+        for n in range(2):
+            bench.ask("classify", f"{adapter[0]}{n}", prompt, adapter)
+            bench.run()
+            cached[f"{adapter[0]}{n}"] = bench.events[-1].cached_tokens
+        bench.submit(f"{adapter[0]} generated", prompt, adapter)
+        bench.run()
+        cached[f"{adapter[0]} generated"] = bench.events[-1].cached_tokens
+    for id, pooling in (("mean", "mean"), ("pooled", "last"), ("again", "last")):
+        bench.ask("embed", id, prompt, pooling=pooling)
+        bench.run()
+        cached[id] = bench.events[-1].cached_tokens
+    assert cached == {
+        "f0": 0,
+        "f1": 0,
+        "f generated": 12,
+        "e0": 0,
+        "e1": 12,
+        "e generated": 12,
+        "mean": 0,
+        "pooled": 12,
+        "again": 12,
+    }
+
+
+def test_scores_begin_again_after_a_preemption() -> None:
+    bench = Bench(max_batch_tokens=4)
+    bench.ask("classify", "a", list(range(3, 13)), EVERY)
+    bench.step()
+    bench.step()
+    (sequence,) = bench.scheduler.running
+    assert 0 < len(sequence.scores) < 10
+    bench.scheduler._preempt(sequence)
+    bench.run()
+    assert len(bench.scores("a")) == 10
+
+
+def test_scores_that_are_not_finite_end_the_request_and_are_never_cached() -> None:
+    bench = Bench(choose=lambda seq: None)
+    bench.ask("classify", "a", list(range(3, 13)), LAST)
+    bench.run()
+    assert "not finite" in str(bench.events[0].error)
+    bench.choose = lambda seq: 5
+    bench.ask("classify", "b", list(range(3, 13)), LAST)
+    bench.run()
+    assert bench.events[-1].cached_tokens == 0
+
+
+def test_classifying_without_a_head_is_refused() -> None:
+    bench = Bench()
+    bench.ask("classify", "base", [3, 4])
+    bench.ask("classify", "lora", [3, 4], LORA)
+    bench.ask("classify", "with", [3, 4], LORA, LAST)
+    bench.run()
+    for id in ("base", "lora"):
+        (event,) = [event for event in bench.events if event.request_id == id]
+        assert "`adapter_id` must name an adapter with a head" in str(event.error)
+    assert bench.finish("with") == [FinishReason.SCORED]
+
+
 def test_a_stored_prefix_is_filled_once_and_its_partial_block_copied() -> None:
     bench = Bench()
     bench.submit("a", [1, 3, 4], PREFIX)
@@ -147,6 +245,16 @@ def test_a_stored_prefix_is_filled_once_and_its_partial_block_copied() -> None:
     first = next(row for plan in bench.plans for row in plan.rows)
     assert first.start == 5
     assert first.sequence.ids[:6] == [-1, -1, -1, -1, -1, 1]
+
+
+def test_a_prefix_without_positions_shifts_the_text_behind_it_also_when_it_is_recomputed() -> None:
+    bench = Bench(blocks=10, choose=lambda seq: 9)
+    for id, adapter in [("a", UNMOVED), ("b", PREFIX), ("c", UNMOVED)]:
+        bench.submit(id, [1, 3, 4, 5], adapter, max_new_tokens=8)
+    bench.run()
+    assert sum(plan.preempted for plan in bench.plans) > 0
+    shifts = {(row.sequence.request.id, row.sequence.shift) for p in bench.plans for row in p.rows if row.sequence.request}
+    assert shifts == {("a", 5), ("b", 0), ("c", 5)}
 
 
 def test_a_soft_prompt_is_computed_once_and_then_shared() -> None:

@@ -20,9 +20,27 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import adapters
 import torch
-from adapters import BnConfig, ConfigUnion, DoubleSeqBnConfig, IA3Config, LoRAConfig, ParBnConfig, SeqBnConfig
+from adapters import (
+    AutoAdapterModel,
+    BnConfig,
+    CompacterConfig,
+    ConfigUnion,
+    DoRAConfig,
+    DoubleSeqBnConfig,
+    DvoRAConfig,
+    IA3Config,
+    LoRAConfig,
+    LoReftConfig,
+    MTLLoRAConfig,
+    ParBnConfig,
+    PrefixTuningConfig,
+    SeqBnConfig,
+    SeqBnInvConfig,
+    VeraConfig,
+)
+from adapters.heads import CausalLMHead, ClassificationHead, TaggingHead
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 FOLDER = Path(__file__).parent / "adapterhub"
 NAME = "golden"
@@ -59,9 +77,17 @@ def cases() -> Iterator[tuple[str, str, Any]]:
             yield model, "par_bn", ParBnConfig(reduction_factor=8)
         yield model, "lora", LoRAConfig(**lora, attn_matrices=["q", "v"])
         yield model, "ia3", IA3Config()
+        if model != "gpt2":  # the library cannot add it to GPT-2's transposed modules
+            yield model, "dora", DoRAConfig(**lora, attn_matrices=["q", "k", "v"])
+        if model in PREFIXED:
+            yield model, "prefix", PrefixTuningConfig(prefix_length=5, bottleneck_size=8)
+            yield model, "prefix_flat", PrefixTuningConfig(prefix_length=3, flat=True)
     yield "phi", "parallel_attention", BnConfig(True, False, 8, "tanh", is_parallel=True)
     yield "gpt2", "lora_k", LoRAConfig(r=2, alpha=5, attn_matrices=["k"])
     yield "gpt2", "ia3_alpha", IA3Config(alpha=2, attn_matrices=["q", "v"])
+    yield "gpt2", "vera", VeraConfig(r=3, selfattn_lora=False, intermediate_lora=True)
+    yield "phi", "vera", VeraConfig(r=3, alpha=6)
+    yield "phi", "dvora", DvoRAConfig(r=3, alpha=6)
     yield from (("llama", case, config) for case, config in _variants())
 
 
@@ -92,6 +118,58 @@ def _variants() -> Iterator[tuple[str, Any]]:
     split = (BnConfig(True, False, 8, "relu"), BnConfig(False, True, 4, "tanh", original_ln_before=True))
     yield "union_of_bottlenecks", ConfigUnion(*split)
     yield "union_with_lora", ConfigUnion(SeqBnConfig(reduction_factor=8), LoRAConfig(r=2, alpha=4))
+    prefix = PrefixTuningConfig(prefix_length=4, bottleneck_size=6)
+    yield "union_with_prefix", ConfigUnion(prefix, LoRAConfig(r=2, alpha=4), SeqBnConfig(reduction_factor=8))
+    yield "mam", ConfigUnion(prefix, ParBnConfig(reduction_factor=8))
+    yield "prefix_activation", PrefixTuningConfig(prefix_length=2, bottleneck_size=6, non_linearity="gelu")
+    yield "ia3_all", IA3Config(attn_matrices=["q", "k", "v"], output_lora=True, leave_out=[1])
+    yield "vera_kv", VeraConfig(r=3, attn_matrices=["k", "v"], leave_out=[0])
+
+
+def refused() -> Iterator[tuple[str, str, Any]]:
+    """What the library saves and the server does not serve: (model, case, config)."""
+    yield "llama", "prefix_leave_out", PrefixTuningConfig(prefix_length=3, flat=True, leave_out=[0])
+    yield "llama", "prefix_gates", PrefixTuningConfig(prefix_length=3, flat=True, use_gating=True, shared_gating=False)
+    yield "llama", "bottleneck_gates", SeqBnConfig(reduction_factor=8, use_gating=True)
+    yield "llama", "lora_gates", LoRAConfig(r=2, use_gating=True)
+    yield "llama", "ia3_gates", IA3Config(use_gating=True)
+    yield "llama", "compacter", CompacterConfig(reduction_factor=8, phm_dim=2)
+    yield "llama", "invertible", SeqBnInvConfig(reduction_factor=8)
+    yield "llama", "reft", LoReftConfig()
+    yield "llama", "mtl_lora", MTLLoRAConfig(r=2, n_up_projection=2)
+    yield "gpt2", "dora", DoRAConfig(r=2, attn_matrices=["q"])  # saved with a magnitude that its forward ignores
+    yield "gpt2", "vera", VeraConfig(r=2)  # saved, and then its forward crashes
+
+
+#: Models the library has a class of its own for; only these have prefix tuning and named heads.
+PREFIXED = ("llama", "mistral", "gpt2")
+
+
+def heads() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+    """(model, case, kind of head, arguments)."""
+    names = {0: "no", 1: "yes"}
+    for model in PREFIXED:
+        yield model, "classification", "classification", {"num_labels": 3}
+        yield model, "tagging", "tagging", {"num_labels": 2, "id2label": names}
+    yield "llama", "linear", "classification", {"num_labels": 2, "layers": 1, "id2label": names}
+    yield "llama", "no_activation", "classification", {"num_labels": 2, "activation_function": None}
+    yield "llama", "deep_tagging", "tagging", {"num_labels": 3, "layers": 2, "activation_function": "gelu"}
+    yield "llama", "multilabel", "classification", {"num_labels": 3, "multilabel": True}
+    yield "llama", "regression", "classification", {"num_labels": 1}
+    yield "llama", "three_layers", "classification", {"num_labels": 2, "layers": 3}
+    yield "llama", "question_answering", "qa", {}
+    yield "llama", "causal_lm", "causal_lm", {"layers": 1}
+    yield "llama", "causal_lm_deep", "causal_lm", {"layers": 2}
+
+
+#: Heads that transformers' own classes have, saved without a name: (model, case, class).
+STATIC = [
+    ("llama", "static_classification", AutoModelForSequenceClassification),
+    ("qwen2", "static_tagging", AutoModelForTokenClassification),
+    ("gpt2", "static_tagging", AutoModelForTokenClassification),
+    ("phi", "static_classification", AutoModelForSequenceClassification),
+    ("mistral", "static_causal_lm", AutoModelForCausalLM),
+]
 
 
 def build(arguments: Mapping[str, Any], seed: int) -> Any:
@@ -121,6 +199,14 @@ def observe(model: Any) -> dict[str, torch.Tensor]:
     return {"ids": ids.int(), "logits": logits, "tokens": tokens[:, ids.shape[1] :].int()}
 
 
+@torch.no_grad()
+def observe_head(model: Any) -> dict[str, torch.Tensor]:
+    """The same prompt's scores: [k] of a classification, [T, k] of a head that scores every token."""
+    ids = torch.randint(0, 64, (1, 10), generator=torch.Generator().manual_seed(7))
+    seen = model(ids, use_cache=False)
+    return {"scores": (seen.logits if "logits" in seen else torch.stack([seen.start_logits, seen.end_logits], -1))[0].clone()}
+
+
 def save(model: Any, folder: Path) -> None:
     """As the library saves, with tensors that two names share stored under both: safetensors refuses them otherwise."""
     loader = adapters.loading.AdapterLoader(model)
@@ -133,28 +219,88 @@ def save(model: Any, folder: Path) -> None:
         interface._save(folder, model.config)
 
 
-def make(model_name: str, case: str, config: Any, expected: dict[str, torch.Tensor]) -> None:
-    seed = list(MODELS).index(model_name)
-    model = build(MODELS[model_name], seed)
+def adapted(model_name: str, case: str, config: Any) -> Any:
+    """A base with an adapter of random weights, active."""
+    model = build(MODELS[model_name], list(MODELS).index(model_name))
     adapters.init(model)
     base = set(dict(model.named_parameters()))
     model.add_adapter(NAME, config=config)
-    torch.manual_seed(zlib.crc32(f"{model_name}/{case}".encode()))
+    _randomise_new(model, base, f"{model_name}/{case}")
+    model.set_active_adapters(NAME)
+    return model.eval()
+
+
+def _randomise_new(model: Any, base: set[str], seed: str) -> None:
+    torch.manual_seed(zlib.crc32(seed.encode()))
     for name, parameter in model.named_parameters():
         if name not in base:
             _randomise(parameter)
-    model.set_active_adapters(NAME)
-    save(model.eval(), FOLDER / "cases" / model_name / case)
+
+
+def make(model_name: str, case: str, config: Any, expected: dict[str, torch.Tensor]) -> None:
+    model = adapted(model_name, case, config)
+    save(model, FOLDER / "cases" / model_name / case)
     expected |= {f"{model_name}/{case}/{key}": value for key, value in observe(model).items() if key != "ids"}
+
+
+def make_head(model_name: str, case: str, kind: str, arguments: dict[str, Any], expected: dict[str, torch.Tensor]) -> None:
+    """A head of the library's own, with a bottleneck under it, on the base's weights."""
+    config = AutoConfig.for_model(**MODELS[model_name])
+    model = AutoAdapterModel.from_config(config, attn_implementation="eager").eval()
+    _take_weights(model, model_name)
+    base = set(dict(model.named_parameters()))
+    model.add_adapter(NAME, config=SeqBnConfig(reduction_factor=16))
+    getattr(model, f"add_{kind}_head")(NAME, **arguments)
+    _finish_head(model, model_name, case, base, expected)
+
+
+def make_static_head(model_name: str, case: str, kind: Any, expected: dict[str, torch.Tensor]) -> None:
+    config = AutoConfig.for_model(**MODELS[model_name], num_labels=3)
+    torch.manual_seed(0)
+    model = kind.from_config(config, attn_implementation="eager").eval()
+    adapters.init(model)
+    _take_weights(model, model_name)
+    trained = {name for name, _ in model.named_parameters() if name.startswith(("score.", "classifier."))}
+    base = set(dict(model.named_parameters())) - trained
+    model.add_adapter(NAME, config=SeqBnConfig(reduction_factor=16))
+    _finish_head(model, model_name, case, base, expected)
+
+
+def _take_weights(model: Any, model_name: str) -> None:
+    """The base's weights, where this class has them."""
+    state = build(MODELS[model_name], list(MODELS).index(model_name)).state_dict()
+    own = model.state_dict()
+    loaded = model.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
+    assert not [key for key in loaded.missing_keys if key.startswith(f"{model.base_model_prefix}.")]
+
+
+def _finish_head(model: Any, model_name: str, case: str, base: set[str], expected: dict[str, torch.Tensor]) -> None:
+    _randomise_new(model, base, f"{model_name}/{case}")
+    model.set_active_adapters(NAME)
+    folder = FOLDER / "heads" / model_name / case
+    save(model, folder)
+    model.save_head(str(folder), NAME, use_safetensors=True)
+    seen = observe(model) if "causal_lm" in case else observe_head(model)
+    expected |= {f"heads/{model_name}/{case}/{key}": value for key, value in seen.items() if key != "ids"}
 
 
 def fields() -> dict[str, dict[str, Any]]:
     """Every field of the config classes and its default, for the test that each of them is classified."""
     found: dict[str, dict[str, Any]] = {}
-    for name, config in {"bottleneck": BnConfig, "lora": LoRAConfig}.items():
+    for name, config in {"bottleneck": BnConfig, "lora": LoRAConfig, "prefix": PrefixTuningConfig}.items():
         found[name] = {field.name: _default(field) for field in dataclasses.fields(config)}
     interface = dataclasses.fields(adapters.AdapterModelInterface)
-    return {**found, "interface": {field.name: _default(field) for field in interface}}
+    found["interface"] = {field.name: _default(field) for field in interface}
+    return {**found, **_head_fields()}
+
+
+def _head_fields() -> dict[str, dict[str, Any]]:
+    """Heads have no config classes, but a config each; where classification and tagging disagree there is no default."""
+    model = AutoAdapterModel.from_config(AutoConfig.for_model(**MODELS["llama"]))
+    classification, tagging = ClassificationHead(model, NAME).config, TaggingHead(model, NAME).config
+    shared = {name: "required" for name in tagging if tagging[name] != classification[name]}
+    lm = {**CausalLMHead(model, NAME).config, "head_type": "required"}
+    return {"head": classification | shared, "lm_head": lm}
 
 
 def _default(field: Any) -> Any:
@@ -176,6 +322,12 @@ def main() -> None:
         expected |= {"ids": seen["ids"], f"{name}/logits": seen["logits"], f"{name}/tokens": seen["tokens"]}
     for model_name, case, config in cases():
         make(model_name, case, config, expected)
+    for model_name, case, config in refused():
+        save(adapted(model_name, case, config), FOLDER / "refused" / model_name / case)
+    for model_name, case, kind, arguments in heads():
+        make_head(model_name, case, kind, arguments, expected)
+    for model_name, case, kind in STATIC:
+        make_static_head(model_name, case, kind, expected)
     save_file(expected, FOLDER / "expected.safetensors")
     (FOLDER / "models.json").write_text(json.dumps(MODELS, indent=1) + "\n")
     (FOLDER / "fields.json").write_text(json.dumps(fields(), indent=1) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,10 @@ from server.methods import METHODS
 from server.methods.base import BaseShape, Limits, ModuleShape, Op, Part
 from server.methods.grouped import rows_of
 from server.methods.read import read_parts
+from server.model.kernels import Kernels, choose_kernels
+from server.model.loader import weight_of
+from server.model.scales import embedding_gain
+from server.settings import default_home
 from tests.tiny import ARCHITECTURES, tiny_model
 
 CPU = torch.device("cpu")
@@ -38,7 +43,8 @@ def _module_shape(module: nn.Module) -> ModuleShape | None:
         case Conv1D():
             return ModuleShape("conv1d", module.weight.shape[0], module.weight.shape[1], bias)
         case nn.Embedding():
-            return ModuleShape("embedding", module.num_embeddings, module.embedding_dim)
+            gain = embedding_gain(module, module.embedding_dim)
+            return ModuleShape("embedding", module.num_embeddings, module.embedding_dim, gain=gain)
         case _ if "norm" in type(module).__name__.lower():
             return ModuleShape("norm", module.weight.shape[0], module.weight.shape[0], bias)
     return None
@@ -58,12 +64,19 @@ def shape_of(model: PreTrainedModel) -> BaseShape:
         vocab_size=config.vocab_size,
         max_positions=config.max_position_embeddings,
         modules={name: shape for name, shape in found.items() if shape is not None},
+        tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
+        weight=partial(weight_of, model),
     )
 
 
 @pytest.fixture
 def base_of(models: dict[str, PreTrainedModel]) -> Callable[[str], BaseShape]:
     return lambda name: shape_of(models[name])
+
+
+def _rows(x: Tensor) -> Tensor:
+    """One row per token: features [n, d], or ids [n] where the module is an embedding."""
+    return x.flatten(0, -2) if x.is_floating_point() else x.flatten()
 
 
 class Hooked:
@@ -92,7 +105,7 @@ class Hooked:
         return pools[part.pool]
 
     def _before(self, module: str, x: Tensor) -> Tensor:
-        flat = x.flatten(0, -2)
+        flat = _rows(x)
         for pool, op in self.ops[module].items():
             if op.acts_before and pool in self._slots:
                 flat = op.before(flat, rows_of(self._slots[pool]))
@@ -102,7 +115,7 @@ class Hooked:
         flat = y.flatten(0, -2)
         for pool, op in sorted(self.ops[module].items(), key=lambda item: item[1].order):
             if pool in self._slots:
-                flat = op.after(x.flatten(0, -2), flat, rows_of(self._slots[pool]))
+                flat = op.after(_rows(x), flat, rows_of(self._slots[pool]))
         return flat.view_as(y)
 
     @torch.no_grad()
@@ -150,6 +163,18 @@ def trained(models: dict[str, PreTrainedModel], tmp_path: Path) -> Callable[...,
     """trained(model name, PEFT config) -> the saved adapter. Every call gets its own folder."""
     count = iter(range(1000))
     return lambda name, config: Trained(models[name], config, tmp_path / str(next(count)))
+
+
+@pytest.fixture(params=["torch", "native"])
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    """What a lab computes with."""
+    torch.set_num_threads(1)
+    if request.param == "torch":
+        return Kernels("torch")
+    chosen = choose_kernels(CPU, torch.float32, True, default_home(), lambda line: None)
+    if chosen.name != "native":
+        pytest.skip(chosen.name)
+    return chosen
 
 
 @pytest.fixture

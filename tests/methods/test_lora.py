@@ -26,6 +26,23 @@ VARIANTS = {
     "rsLoRA": ("llama", {"r": 9, "lora_alpha": 6, "use_rslora": True, "target_modules": ["q_proj", "up_proj"]}),
     "rank pattern": ("llama", {"r": 4, "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 9}}),
     "rank pattern as a regular expression": ("llama", {"r": 4, "rank_pattern": {r".*\.0\..*q_proj": 2}}),
+    "embedding": ("llama", {"r": 4, "lora_alpha": 12, "target_modules": ["embed_tokens", "q_proj"]}),
+    "embedding that is scaled": ("gemma", {"r": 4, "target_modules": ["embed_tokens"]}),
+    "embedding and head that share a weight": (
+        "gemma",
+        {"r": 4, "target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
+    "embedding and Conv1D": ("gpt2", {"r": 12, "use_rslora": True, "target_modules": ["wte", "c_attn"]}),
+    "output head": ("llama", {"r": 4, "lora_alpha": 12, "target_modules": ["lm_head", "embed_tokens"]}),
+    "head that shares the embedding's weight": ("gpt2", {"r": 4, "target_modules": ["lm_head"]}),
+    "every linear by its short name": ("qwen2", {"r": 4, "target_modules": "all-linear"}),
+    "target as a regular expression": ("llama", {"r": 4, "target_modules": r".*\.[01]\.(self_attn|mlp)\.(q|up)_proj"}),
+    "exclude": ("llama", {"r": 4, "target_modules": ["q_proj"], "exclude_modules": r".*\.0\..*"}),
+    "layers of a pattern": ("gpt2", {"r": 4, "target_modules": ["c_attn"], "layers_to_transform": 1, "layers_pattern": "h"}),
+    "alternatives and classes in patterns": (
+        "llama",
+        {"r": 4, "rank_pattern": {r"[0-9]\.(mlp|x)\.\w+": 9, "^q_proj": 7}, "alpha_pattern": {r"(.|..)+1(.)*q_proj|zz": 3}},
+    ),
     "alpha pattern": ("llama", {"r": 4, "alpha_pattern": {r"^model.layers.0.self_attn\.q_proj": 2, "q_proj": 64}}),
     "some layers": ("llama", {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [1]}),
     "lora_bias": ("qwen2", {"r": 4, "lora_alpha": 12, "lora_bias": True, "target_modules": ["q_proj"]}),
@@ -139,7 +156,11 @@ def test_rows_of_adapters_that_do_not_name_the_module_pass_it_unchanged(pattern)
 
 def test_a_kernel_never_sees_a_slot_that_the_module_does_not_hold():
     seen = []
-    op = LoraOp(8, 6, 5, CPU, torch.float32, lambda x, y, a, b, rows: seen.append((rows.index.tolist(), rows.groups)))
+
+    def kernel(a, b, rows):
+        return lambda x, y: seen.append((rows.index.tolist(), rows.groups))
+
+    op = LoraOp(8, 6, 5, CPU, torch.float32, kernel)
     op.grow(2)
     op.put(1, {"A": torch.randn(2, 6), "B": torch.randn(5, 2)})
     for slots in ([7, 1, 1], [7, 7], [0, 1]):
@@ -171,17 +192,24 @@ def test_growing_keeps_the_slots_and_at_least_doubles():
     assert op.nbytes == 4 * 6 * (8 * 6 + 5 * 8)
 
 
-def test_a_kernel_takes_the_place_of_the_torch_arithmetic():
-    calls = []
+def test_a_kernel_takes_the_place_of_the_torch_arithmetic_and_is_made_once_per_composition():
+    made, calls = [], []
+
+    def kernel(a, b, rows):
+        made.append(rows)
+        return lambda x, y: calls.append((x, y))
+
     part = METHODS["lora"].read(_checkpoint(), _base(), Limits())
-    op = build_methods(lambda *args: calls.append(args))["lora"].op(part, "layer.q", _base(), CPU, torch.float32)
+    op = build_methods(kernel)["lora"].op(part, "layer.q", _base(), CPU, torch.float32)
     op.grow(2)
     op.put(1, {**part.sites["layer.q"], "bias": torch.ones(5)})
     x, y, rows = torch.randn(2, 6), torch.zeros(2, 5), rows_of([1, 1])
 
-    out = op.after(x, y, rows)
+    out = op.after(x, y, rows).clone()
+    op.after(x, y, rows)
 
-    assert [(args[0] is x, args[1] is y, args[4] is rows) for args in calls] == [(True, True, True)]
+    assert [rows] == made
+    assert [(given is x, written is y) for given, written in calls] == [(True, True)] * 2
     assert torch.equal(out, torch.ones(2, 5))
 
 
@@ -193,8 +221,10 @@ def _base():
     from server.methods.base import BaseShape, ModuleShape
 
     modules = {"layer.q": ModuleShape("linear", 6, 5), "layer.e": ModuleShape("embedding", 9, 6)}
-    modules["lm_head"] = ModuleShape("linear", 6, 9)
-    return BaseShape(Digest("0" * 64), "tiny", 6, 1, 2, 2, 3, 9, 32, modules)
+    modules |= {"lm_head": ModuleShape("linear", 6, 9), "layer.n": ModuleShape("norm", 6, 6)}
+    modules["layer.p"] = ModuleShape("embedding", 9, 6, gain=None)
+    weights = {"layer.q": torch.arange(30.0).view(5, 6) / 7}
+    return BaseShape(Digest("0" * 64), "tiny", 6, 1, 2, 2, 3, 9, 32, modules, weight=weights.__getitem__)
 
 
 def _checkpoint(module="layer.q", a=(2, 6), b=(5, 2), scale=2.0, **more):
@@ -210,6 +240,12 @@ def test_the_scale_is_folded_into_b_and_the_bias_in_fp32():
     assert torch.equal(site["A"], torch.ones(2, 6))
     assert torch.equal(site["B"], torch.full((5, 2), 1 / 3))
     assert torch.equal(site["bias"], torch.ones(5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_copy_of_the_bases_weight_may_be_rounded_to_its_own_dtype(dtype):
+    copy = _base().weight("layer.q").to(dtype)
+    assert METHODS["lora"].read(_checkpoint(base=copy), _base(), Limits()).sites["layer.q"].keys() == {"A", "B"}
 
 
 @pytest.mark.parametrize(("rank", "bucket"), [(1, 8), (8, 8), (9, 16), (16, 16), (33, 64), (256, 256)])
@@ -230,8 +266,13 @@ def test_the_pool_is_the_next_power_of_two(rank, bucket):
         (_checkpoint(bias=torch.ones(4)), r"layer.q.lora_B.bias: has shape \[4\]"),
         (_checkpoint(scale=1e39), "layer.q.lora_B: overflows when multiplied by the LoRA scale"),
         (_checkpoint("layer.k"), "has no module 'layer.k'"),
-        (_checkpoint("layer.e"), "'layer.e' is a module of kind embedding"),
-        (_checkpoint("lm_head"), "adapting the output head 'lm_head' is not supported"),
+        (_checkpoint("layer.e"), r"layer.e.lora_A: has shape \[2, 6\], the base model needs \[2, 9\]"),
+        (_checkpoint("layer.e", bias=torch.ones(6)), "layer.e.lora_A: the embedding 'layer.e' cannot have a LoRA bias"),
+        (_checkpoint("layer.p"), "layer.p.lora_A: the embedding 'layer.p' cannot have LoRA, for it is not a plain table"),
+        (_checkpoint("layer.n"), "'layer.n' is a module of kind norm"),
+        (_checkpoint("lm_head"), r"lm_head.lora_B: has shape \[5, 2\], the base model needs \[9, 2\]"),
+        (_checkpoint(base=torch.ones(6, 5)), r"layer.q.base_layer.weight: has shape \[6, 5\], the base model needs \[5, 6\]"),
+        (_checkpoint(base=torch.ones(5, 6)), "layer.q.base_layer.weight: differs from the base model's"),
         (Checkpoint("lora", {"scale": {}}), "the upload holds no LoRA tensors"),
     ],
 )

@@ -66,6 +66,9 @@ def test_an_old_file_of_full_attention_width_is_refused_here_because_it_does_not
             PeftModel.from_pretrained(copy.deepcopy(models["llama"]), adapter.paths["adapter_config.json"].parent)
     with pytest.raises(AdapterError, match="token_dim: is 32, but 16 is needed here"):
         adapter.parts()
+    halves = torch.randn(2, 1, 4, 3, 8)  # what the file would be decoded to: all four heads, where the base keeps two
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        models["llama"](torch.tensor([[5]]), past_key_values=DynamicCache([tuple(halves), tuple(halves)]))
 
 
 def _base() -> BaseShape:

@@ -35,6 +35,7 @@ def test_the_report_of_an_upload_is_json_and_counts_everything(trained):
         "method": "lora",
         "pool": "lora:8",
         "sites": 2,
+        "modules": {"transformer.h.*.attn.c_attn": 2},
         "parameters": 2 * 4 * (32 + 96),
         "bytes": 2 * 4 * (32 + 96) * 4,
         "virtual_tokens": 0,
@@ -113,3 +114,42 @@ def test_an_upload_has_one_part_per_pool_and_one_prefix(trained):
     assert read(one, prefix) == (one, prefix)
     with pytest.raises(AdapterError, match="already has a prefix"):
         read(prefix, prefix)
+
+
+def test_an_upload_of_several_directories_is_one_adapter(trained):
+    """Two libraries' or two runs' adapters, each in a directory of its own."""
+    lora = trained("llama", LoraConfig(r=4, target_modules=["q_proj"]))
+    prefix = trained("llama", PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    paths = _in_parts(lora=lora, prefix=prefix)
+    parts = read_parts(paths, lora.base, Limits())
+    assert [(part.method, part.pool) for part in parts] == [("lora", "lora:8"), ("prefix_tuning", None)]
+    assert describe(parts)["methods"] == ["lora", "prefix_tuning"]
+    assert describe(parts)["virtual_tokens"] == 3
+
+
+def _in_parts(**saved):
+    paths = ((part, name, path) for part, each in saved.items() for name, path in each.paths.items())
+    return {f"{part}/{name}": path for part, name, path in paths}
+
+
+def test_parts_of_one_pool_are_joined_unless_they_meet_at_a_module(trained):
+    one = trained("llama", LoraConfig(r=4, target_modules=["q_proj"]))
+    other = trained("llama", LoraConfig(r=4, target_modules=["v_proj"]))
+    (part,) = read_parts(_in_parts(a=one, b=other), one.base, Limits())
+    assert {name.rpartition(".")[2] for name in part.sites} == {"q_proj", "v_proj"}
+    with pytest.raises(AdapterError, match=r"^b/model.layers.0.self_attn.q_proj: is adapted twice by lora in one upload"):
+        read_parts(_in_parts(a=one, b=one), one.base, Limits())
+
+
+def test_two_prefixes_in_one_upload_are_refused_by_part_and_name(trained):
+    prefix = trained("llama", PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    soft = trained("llama", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(AdapterError, match=r"^b/prompt_tuning: the upload already has a prefix \(prefix_tuning\)"):
+        read_parts(_in_parts(a=prefix, b=soft), prefix.base, Limits())
+
+
+def test_a_field_is_named_with_its_part(trained):
+    lora = trained("llama", LoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(AdapterError, match=r"^a/model.layers.0.self_attn.q_proj.lora_A: rank 4 is over") as refused:
+        read_parts(_in_parts(a=lora), lora.base, Limits(max_rank=2))
+    assert refused.value.field == "a/model.layers.0.self_attn.q_proj.lora_A"

@@ -277,7 +277,7 @@ def test_the_guard_accepts_every_tiny_architecture(architecture: str) -> None:
     base = make_base(tiny_model(architecture), BASE, CPU, torch.float32)
     assert len({id(module) for module in base.attention.modules}) == 2
     assert base.attention.head_dim == 8
-    assert base.attention.kv_heads == {"llama": 2, "qwen2": 2, "gemma": 1}.get(architecture, 4)
+    assert base.attention.kv_heads == ARCHITECTURES[architecture].get("num_key_value_heads", 4)
     left = [module for module in base.model.modules() if hasattr(module, "_adapterd_attention")]
     assert left == []
 

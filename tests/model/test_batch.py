@@ -103,6 +103,16 @@ def check_rows(rows: Rows, expected: list[tuple[int, int]]) -> None:
     assert len({slot for slot, _, _ in rows.groups}) == len(rows.groups)
 
 
+def test_a_shifted_row_has_lower_positions_at_the_same_places() -> None:
+    """A prefix of 5 that takes no positions: the text's first token is position 0, in the fifth place of the cache."""
+    shifted, plain = row(5, 3, first=1), row(5, 3, first=9)
+    shifted.sequence.shift = 5
+    step = filled([shifted, plain])
+    assert step.positions.tolist() == [0, 1, 2, 5, 6, 7]
+    assert step.contexts.tolist() == [8, 8]
+    assert (step.write[3:] - step.write[:3]).tolist() == [8 * SIZE] * 3
+
+
 def test_virtual_positions_have_a_harmless_id() -> None:
     virtual = row(0, 3)
     virtual.sequence.ids[:] = [-1, -1, 7]
@@ -170,3 +180,24 @@ def test_taps_of_the_last_step_are_gone_and_rows_read_the_steps_own() -> None:
     assert rows.taps["q_proj"] is batch.step.taps["q_proj"]
     batch.rows(row(4, 1, {"a": 1}))
     assert rows.taps == {}
+
+
+def test_the_output_head_sees_a_pools_kept_tokens_only() -> None:
+    """Three rows of one pool: a decode, a chunk that keeps nothing, a chunk that keeps its last two of three."""
+    decode, silent, long = row(5, 1, {"a": 2}), row(0, 2, {"a": 1}), row(0, 3, {"a": 3, "b": 1})
+    step, rows = Step(), order_rows([decode, silent, long])
+    BatchBuilder(step, SIZE, torch.device("cpu")).fill(rows, [0, 4, 5])
+    assert step.rows["a"].index.tolist() == [1, 2, 0, 3, 4, 5]
+    assert step.kept_rows["a"].index.tolist() == [0, 1, 2]
+    assert step.kept_rows["a"].slot.tolist() == [2, 3, 3]
+    assert step.kept_rows["b"].span == slice(1, 3)
+
+
+def test_kept_rows_follow_what_is_kept() -> None:
+    step, builder = Step(), BatchBuilder(Step(), SIZE, torch.device("cpu"))
+    builder.step = step
+    rows = [row(0, 3, {"a": 1})]
+    builder.fill(rows, [])
+    assert step.kept_rows == {}
+    builder.fill(rows, [2])
+    assert step.kept_rows["a"].index.tolist() == [0]

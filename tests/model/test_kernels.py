@@ -103,7 +103,7 @@ def test_the_native_lora_is_the_plain_loop(slots: list[int], native: Kernels) ->
     lora_loop(x, expected, a, b, rows_of(slots))
     strided = torch.stack([x, x], dim=2)[..., 0]
     assert native.lora is not None
-    native.lora(strided, y, a, b, rows_of(slots))
+    native.lora(a, b, rows_of(slots))(strided, y)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
 
 

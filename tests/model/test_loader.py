@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -236,8 +237,21 @@ def test_a_truncated_checkpoint(llama: Path, tmp_path: Path) -> None:
 def test_an_architecture_that_takes_no_custom_attention(name: str, tmp_path: Path) -> None:
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "rotary_dim": 4}
     saved(AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes)), tmp_path)
-    with pytest.raises(UnsupportedModelError, match="is not a decoder that can be served"):
+    with pytest.raises(UnsupportedModelError, match="its model class does not support a custom attention"):
         load_base(tmp_path, CPU, torch.float32)
+
+
+def test_tensors_that_are_none_of_the_models_are_one_line_of_the_log(
+    llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """transformers' own report of many coloured lines is not printed."""
+    (tmp_path / "config.json").write_bytes((llama / "config.json").read_bytes())
+    weights = load_file(llama / "model.safetensors") | {"model.extra.weight": torch.ones(2)}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    load_base(tmp_path, CPU, torch.float32)
+    (said,) = [record.getMessage() for record in caplog.records if record.name.startswith(("server", "transformers"))]
+    assert said == f"{tmp_path.name}: 1 tensors are none of the model's, model.extra.weight for one"
+    assert "REPORT" not in capfd.readouterr().err
 
 
 def test_a_model_that_is_no_decoder(tmp_path: Path) -> None:
@@ -268,3 +282,32 @@ def test_an_architecture_without_a_known_layout_has_no_sublayers() -> None:
     model = Other(tiny_model("llama").config)
     model.config.model_type = "somethingelse"
     assert base_of(model).shape.sublayers == ()
+
+
+# ---- reading weights back ----
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("llama", "model.layers.0.mlp.down_proj"),
+        ("llama", "lm_head"),
+        ("llama", "model.embed_tokens"),
+        ("llama", "model.norm"),
+        ("gemma", "model.embed_tokens"),
+        ("gpt2", "transformer.h.0.attn.c_attn"),
+        ("gpt2", "transformer.wte"),
+    ],
+)
+def test_weights_are_read_back_as_copies_whatever_holds_them(name, module, packed, native) -> None:
+    model, whole = tiny_model(name), tiny_model(name)
+    base = make_base(model, BASE, CPU, torch.float32, native.prepare if packed else None)
+    expected = whole.get_submodule(module).weight
+    expected = expected.T if base.shape.modules[module].kind == "conv1d" else expected
+
+    weight = base.shape.weight(module)
+
+    assert weight.dtype is torch.float32
+    assert torch.equal(weight, expected)
+    assert weight.data_ptr() != base.shape.weight(module).data_ptr()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -397,6 +398,54 @@ def test_rotary_refuses_what_does_not_fit(kernels: NativeKernels) -> None:
         kernels.rotary(q, q, cos, cos)
     with pytest.raises(ValueError, match="sin must be"):
         kernels.rotary(q, q, cos, cos[:, :3])
+
+
+# ---- a layer's attention in one call ----
+
+
+@pytest.mark.parametrize("turned", [None, 12, 8])
+@pytest.mark.parametrize("how", HOW)
+def test_attend_is_rotary_then_write_then_attention(kernels: NativeKernels, turned: int | None, how: dict[str, float]) -> None:
+    batch, write = Batch([1, 3], [18, 33], 4, 2, 12), torch.tensor([3, 20, 21, 22])
+    k, v = random(1, 4, 2, 12, seed=5), random(1, 4, 2, 12, seed=6)
+    q = batch.q[None].contiguous()
+    turn = None if turned is None else (random(1, 4, turned, seed=2), random(1, 4, turned, seed=3))
+    caches = batch.keys.clone(), batch.values.clone()
+    got = kernels.attend(
+        q.view(1, 4, 48).clone(), k.view(1, 4, 24).clone(), v.view(1, 4, 24), turn, *caches, write,
+        batch.tables, batch.starts, batch.contexts, scale=0.17, **how,
+    )  # fmt: skip
+    if turn is not None:
+        kernels.rotary(q.transpose(1, 2), k.transpose(1, 2), *turn)
+    kernels.write_kv(k.transpose(1, 2), v.transpose(1, 2), batch.keys, batch.values, write)
+    batch.q = q[0]
+    assert torch.equal(got.view(4, 4, 12), batch.run(kernels.attention, **how))
+    assert torch.equal(caches[0], batch.keys)
+    assert torch.equal(caches[1], batch.values)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("q", torch.zeros(1, 4, 50), "not a multiple"),
+        ("q", torch.zeros(1, 4, 48).double(), "q must be"),
+        ("v", torch.zeros(1, 4, 25), "v must be"),
+        ("write", torch.tensor([3, 20, 21, 1 << 20]), "outside the cache"),
+        ("write", torch.tensor([3, 20]), "write must be"),
+        ("turn", (torch.zeros(1, 4, 16), torch.zeros(1, 4, 16)), "turns 16 features"),
+        ("turn", (torch.zeros(1, 4, 8), torch.zeros(1, 3, 8)), "sin must be"),
+        ("contexts", torch.tensor([18, 60], dtype=torch.int32), "longer"),
+    ],
+)
+def test_attend_refuses_what_does_not_fit(kernels: NativeKernels, name: str, value: object, message: str) -> None:
+    batch = Batch([1, 3], [18, 33], 4, 2, 12)
+    given: dict[str, Any] = {
+        "q": torch.zeros(1, 4, 48), "k": torch.zeros(1, 4, 24), "v": torch.zeros(1, 4, 24), "turn": None,
+        "keys": batch.keys, "values": batch.values, "write": torch.tensor([3, 20, 21, 22]),
+        "tables": batch.tables, "starts": batch.starts, "contexts": batch.contexts,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        kernels.attend(**{**given, name: value}, scale=0.17)
 
 
 # ---- building and loading ----

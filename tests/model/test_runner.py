@@ -164,11 +164,35 @@ def test_fill_writes_a_prefix_and_nothing_behind_it() -> None:
     assert not held[:, :, 6:].any()
 
 
+@pytest.mark.parametrize(("blocks", "tokens", "written"), [(32, 37, 10), (4, 37, 3)])
+def test_warming_up_runs_as_many_tokens_as_asked_or_fit(
+    blocks: int, tokens: int, written: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, ran = new_runner(blocks), []
+    run = runner.run
+    monkeypatch.setattr(runner, "run", lambda rows: ran.extend(row.count for row in rows) or run(rows))
+    size = caches(runner).shape[3]
+    assert runner.warm_up(tokens) == written * block_nbytes(runner.base, size)
+    assert ran == [min(tokens, written * size)]
+    assert not caches(runner)[:, :, 0].any()
+
+
+def test_adapter_bytes_are_pools_and_prefixes_until_they_leave() -> None:
+    runner = new_runner()
+    prefix = Prefix(3, keys=random(2, 3, 2, 8), values=random(2, 3, 2, 8))
+    adapter = Adapter(Digest.of(b"p"), (Part("prefix_tuning", prefix=prefix),))
+    assert runner.adapter_bytes == 0
+    runner.apply([Put(adapter.digest, {})], {adapter.digest: adapter})
+    assert runner.adapter_bytes == prefix.nbytes
+    runner.apply([Evict(adapter.digest, {})], {})
+    assert runner.adapter_bytes == 0
+
+
 def test_fill_refuses_embeddings_and_an_unknown_adapter() -> None:
     runner = new_runner()
     adapter = Adapter(Digest.of(b"s"), (Part("prompt_tuning", prefix=Prefix(2, embeddings=random(2, 32))),))
     runner.apply([Put(adapter.digest, {})], {adapter.digest: adapter})
-    with pytest.raises(ValueError, match="embeddings has no K/V"):
+    with pytest.raises(ValueError, match="has no K/V"):
         runner.apply([Fill(adapter.digest, (4,))], {})
     with pytest.raises(KeyError):
         runner.apply([Fill(BASE, (4,))], {})

@@ -308,3 +308,34 @@ def test_a_clear_that_raises_can_be_tried_again() -> None:
     made["second"].clear = clear  # type: ignore[method-assign]
     bench.sites.clear("p", 1)
     assert (bench.sites.attached, made["second"].held) == ((), set())
+
+
+class Speaker(nn.Module):
+    """An embedding, and a head that sees the last token only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lm_head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.lm_head(self.embed(ids)[:, -1:])
+
+
+class Notes(Probe):
+    """Keeps what it is given."""
+
+    def after(self, x: Tensor, y: Tensor, rows: Rows) -> Tensor:
+        self.log.append(f"{self.name} {list(x.shape)} {x.dtype} {rows.index.tolist()}")
+        return y
+
+
+def test_an_embedding_is_given_ids_and_the_head_the_kept_rows() -> None:
+    Probe.log = []
+    modules = {"embed": ModuleShape("embedding", 9, 4), "lm_head": ModuleShape("linear", 4, 9)}
+    shape = BaseShape(BASE, "toy", 4, 1, 1, 1, 4, 9, 64, modules)
+    step, model = Step(), Speaker()
+    sites = Sites(model, shape, step, {"probe": Probes(lambda pool, module: Notes(module, 10))}, CPU, torch.float32)
+    sites.put(Part("probe", "probe", {"embed": {}, "lm_head": {}}), 1)
+    step.rows, step.kept_rows = {"probe": rows_of([0, 1, 1])}, {"probe": rows_of([1])}
+    model(torch.tensor([[3, 4, 5]]))
+    assert Probe.log == ["embed [3] torch.int64 [1, 2]", "lm_head [1, 4] torch.float32 [0]"]

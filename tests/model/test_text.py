@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from server.errors import ValidationError
@@ -35,6 +35,19 @@ def pieces(text: Text, ids: list[int], prompt: list[int] | None = None) -> list[
 
 
 # -- Text ------------------------------------------------------------------------------------------------------------
+
+
+def test_pieces_of_a_prompt_get_what_opens_a_text_once_and_what_closes_one_never() -> None:
+    tokenizer = tiny_tokenizer()
+    marks = [("<s>", 0), ("<|start|>", 2), ("</s>", 1)]
+    single = "<s> <|start|> $A </s>"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=marks)
+    closing = Text(tokenizer)
+    cat, sat = (TEXT.encode(piece) for piece in ("the cat", " sat"))
+    assert closing.encode("the cat") == [0, 2, *cat, 1]
+    assert [*closing.encode_piece("the cat", first=True), *closing.encode_piece(" sat", first=False)] == [0, 2, *cat, *sat]
+    assert TEXT.encode_piece("the cat", first=True) == TEXT.encode_piece("the cat", first=False) == cat
+    assert (closing.encode_piece("", first=True), closing.encode_piece("", first=False)) == ([0, 2], [])
 
 
 @given(st.text(max_size=40))

@@ -14,6 +14,9 @@
 
 #include "simd.h"
 
+ADAPTERD_EXPORT void adapterd_rotary(float *x, std::int64_t head_stride, std::int64_t token_stride, const float *cos,
+                                     const float *sin, std::int64_t heads, std::int64_t tokens, std::int64_t dim);
+
 namespace adapterd {
 namespace {
 
@@ -397,4 +400,25 @@ ADAPTERD_EXPORT int adapterd_write_kv(const float *k, std::int64_t k_head, std::
             std::memcpy(v_cache + at, v + h * v_head + t * v_token, dim * sizeof(float));
         }
     return 0;
+}
+
+// What a decoder layer does between its projections: q and k turn in place (cos null: they do not), k and v go into the
+// caches, q attends. q [T, heads * dim], k, v [T, kv_heads * dim], cos and sin [T, turned], out [T, heads * dim].
+// Returns 0, the number of the attention rule that is broken, or 4 when a position is out of range.
+ADAPTERD_EXPORT int adapterd_attend(float *q, float *k, const float *v, const float *cos, const float *sin,
+                                    std::int64_t turned, float *k_cache, float *v_cache, std::int64_t blocks,
+                                    std::int64_t block_size, std::int64_t kv_heads, std::int64_t dim,
+                                    const std::int64_t *write, const std::int32_t *tables, std::int64_t table_width,
+                                    const std::int32_t *cu, const std::int32_t *ctx, std::int64_t rows,
+                                    std::int64_t tokens, std::int64_t heads, float scale, std::int64_t window,
+                                    float softcap, float *out) {
+    if (cos) {
+        adapterd_rotary(q, dim, heads * dim, cos, sin, heads, tokens, turned);
+        adapterd_rotary(k, dim, kv_heads * dim, cos, sin, kv_heads, tokens, turned);
+    }
+    if (adapterd_write_kv(k, dim, kv_heads * dim, v, dim, kv_heads * dim, k_cache, v_cache, write, tokens,
+                          blocks * block_size, kv_heads, dim))
+        return 4;
+    return adapterd_attention(q, heads * dim, dim, k_cache, v_cache, blocks, block_size, kv_heads, dim, tables,
+                              table_width, cu, ctx, rows, tokens, heads, scale, window, softcap, out);
 }

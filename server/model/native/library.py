@@ -31,6 +31,7 @@ _LONG_CALLS: dict[str, tuple[Any, ...]] = {
     "linear": (_INT, _P, _P, _P, _P, _L, _L, _L),
     "lora": (_INT, _P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _L),
     "attention": (_P, _L, _L, _P, _P, _L, _L, _L, _L, _P, _L, _P, _P, _L, _L, _L, _FLOAT, _L, _FLOAT, _P),
+    "attend": (*[_P] * 5, _L, _P, _P, *[_L] * 4, _P, _P, _L, _P, _P, _L, _L, _L, _FLOAT, _L, _FLOAT, _P),
 }
 #: Microseconds each: giving the GIL away could cost a whole switch interval (5 ms) to get it back.
 _SHORT_CALLS: dict[str, tuple[Any, ...]] = {
@@ -42,7 +43,7 @@ _SHORT_CALLS: dict[str, tuple[Any, ...]] = {
     "gelu_tanh_mul": (_P, _P, _P, _L, _L),
     "rotary": (_P, _L, _L, _P, _P, _L, _L, _L),
 }
-_CHECKED = frozenset({"lora", "attention", "write_kv"})  # these return the number of the rule an argument breaks
+_CHECKED = frozenset({"lora", "attention", "attend", "write_kv"})  # these return the number of the rule an argument breaks
 
 _LORA_RULES = ("", "index names a row outside x", "slot names a slot outside the pool")
 _ATTENTION_RULES = (
@@ -50,8 +51,9 @@ _ATTENTION_RULES = (
     "starts must ascend within the tokens of q",
     "a context is shorter than its row's tokens or longer than its table",
     "tables names a block outside the cache",
+    "write names a position outside the cache",
 )
-_WRITE_RULES = ("", "write names a position outside the cache")
+_WRITE_RULES = ("", _ATTENTION_RULES[-1])
 
 _fp32 = torch.float32
 _WEIGHTS = (torch.float32, torch.bfloat16)
@@ -147,7 +149,7 @@ class NativeKernels:
         calls = {name: _bind(released, name, args) for name, args in _LONG_CALLS.items()}
         calls |= {name: _bind(held, name, args) for name, args in _SHORT_CALLS.items()}
         self._linear, self._lora, self._attention = calls["linear"], calls["lora"], calls["attention"]
-        self._write_kv, self._rotary = calls["write_kv"], calls["rotary"]
+        self._attend, self._write_kv, self._rotary = calls["attend"], calls["write_kv"], calls["rotary"]
         self._rms_norm, self._layer_norm = calls["rms_norm"], calls["layer_norm"]
         self._silu_mul, self._gelu_tanh_mul = calls["silu_mul"], calls["gelu_tanh_mul"]
         self._set_threads = calls["set_threads"]
@@ -167,25 +169,34 @@ class NativeKernels:
         x [T, in], y [T, out] fp32; a [S, r, in], b [S, r, out] (B transposed) both fp32 or both bf16; index (without
         duplicates) and slot [n] int64. Rows of one slot should stand next to each other: they share its reads.
         """
-        tokens, width = x.shape
+        self.lora_over(a, b, index, slot)(x, y)
+
+    def lora_over(self, a: Tensor, b: Tensor, index: Tensor, slot: Tensor) -> Callable[[Tensor, Tensor], None]:
+        """`lora` with all but x and y given: what a step calls again and again is checked once."""
         slots, rank, out = b.shape
-        n = index.numel()
-        fits = a.shape == (slots, rank, width) and y.shape == (tokens, out) and slot.shape == index.shape == (n,)
-        dense = all(tensor.is_contiguous() for tensor in (x, y, a, b, index, slot))
-        typed = x.dtype is _fp32 and y.dtype is _fp32 and a.dtype is b.dtype and index.dtype is slot.dtype is torch.int64
-        if not (fits and dense and typed and a.dtype in _WEIGHTS):  # one cheap look here, the words only where it fails
-            _check("x", x, _fp32, (tokens, width))
-            _check("y", y, _fp32, (tokens, out))
-            _check("a", a, torch.bfloat16 if a.dtype is torch.bfloat16 else _fp32, (slots, rank, width))
-            _check("b", b, a.dtype, (slots, rank, out))
-            _check("index", index, torch.int64, (n,))
-            _check("slot", slot, torch.int64, (n,))
-        broken = self._lora(
-            a.dtype is torch.bfloat16, x.data_ptr(), y.data_ptr(), a.data_ptr(), b.data_ptr(), index.data_ptr(),
-            slot.data_ptr(), n, tokens, slots, width, out, rank,
-        )  # fmt: skip
-        if broken:
-            raise ValueError(_LORA_RULES[broken])
+        width, n = a.shape[-1], index.numel()
+        _check("a", a, torch.bfloat16 if a.dtype is torch.bfloat16 else _fp32, (slots, rank, width))
+        _check("b", b, a.dtype, (slots, rank, out))
+        _check("index", index, torch.int64, (n,))
+        _check("slot", slot, torch.int64, (n,))
+        call, is_bf16 = self._lora, a.dtype is torch.bfloat16
+        a_at, b_at, index_at, slot_at = (tensor.data_ptr() for tensor in (a, b, index, slot))
+
+        def run(x: Tensor, y: Tensor, held: tuple[Tensor, ...] = (a, b, index, slot)) -> None:
+            x = x if x.is_contiguous() else x.contiguous()
+            tokens = len(x)
+            if x.dtype is not _fp32 or y.dtype is not _fp32 or x.numel() != tokens * width or y.numel() != tokens * out:
+                _check("x", x, _fp32, (tokens, width))
+                _check("y", y, _fp32, (tokens, out))
+            if not y.is_contiguous():
+                _check("y", y, _fp32, (tokens, out))
+            broken = call(
+                is_bf16, x.data_ptr(), y.data_ptr(), a_at, b_at, index_at, slot_at, n, tokens, slots, width, out, rank
+            )
+            if broken:
+                raise ValueError(_LORA_RULES[broken])
+
+        return run
 
     def attention(
         self,
@@ -222,6 +233,64 @@ class NativeKernels:
             q.data_ptr(), q.stride(0), q.stride(1), keys.data_ptr(), values.data_ptr(), blocks, size, kv_heads, dim,
             tables.data_ptr(), pages, starts.data_ptr(), contexts.data_ptr(), rows, tokens, heads, scale, window,
             softcap, out.data_ptr(),
+        )  # fmt: skip
+        if broken:
+            raise ValueError(_ATTENTION_RULES[broken])
+        return out
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        turn: tuple[Tensor, Tensor] | None,
+        keys: Tensor,
+        values: Tensor,
+        write: Tensor,
+        tables: Tensor,
+        starts: Tensor,
+        contexts: Tensor,
+        *,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+    ) -> Tensor:
+        """`rotary`, `write_kv` and `attention` in one call: [1, T, Hq * D]; q and k are left turned.
+
+        q [1, T, Hq * D], k and v [1, T, Hkv * D], contiguous; `turn` (cos, sin) [1, T, d], None without rotary embedding;
+        the rest as in `attention` and `write_kv`.
+        """
+        blocks, size, kv_heads, dim = keys.shape
+        _, tokens, width = q.shape
+        narrow = (1, tokens, kv_heads * dim)
+        if width % narrow[2]:
+            raise ValueError(f"q has {width} features, the cache {kv_heads} heads of {dim}: not a multiple")
+        rows, pages = tables.shape
+        for name, tensor, dtype, shape in (
+            ("q", q, _fp32, (1, tokens, width)),
+            ("k", k, _fp32, narrow),
+            ("v", v, _fp32, narrow),
+            ("keys", keys, _fp32, keys.shape),
+            ("values", values, _fp32, keys.shape),
+            ("write", write, torch.int64, (tokens,)),
+            ("tables", tables, torch.int32, (rows, pages)),
+            ("starts", starts, torch.int32, (rows + 1,)),
+            ("contexts", contexts, torch.int32, (rows,)),
+        ):
+            _check(name, tensor, dtype, shape)
+        cos_at, sin_at, turned = None, None, 0
+        if turn is not None:
+            turned = turn[0].shape[-1]
+            _check("cos", turn[0], _fp32, (1, tokens, turned))
+            _check("sin", turn[1], _fp32, (1, tokens, turned))
+            if turned > dim or turned % 2:
+                raise ValueError(f"cos turns {turned} features of heads of {dim}")
+            cos_at, sin_at = turn[0].data_ptr(), turn[1].data_ptr()
+        out = torch.empty_like(q)
+        broken = self._attend(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), cos_at, sin_at, turned, keys.data_ptr(), values.data_ptr(), blocks,
+            size, kv_heads, dim, write.data_ptr(), tables.data_ptr(), pages, starts.data_ptr(), contexts.data_ptr(), rows,
+            tokens, width // dim, scale, window, softcap, out.data_ptr(),
         )  # fmt: skip
         if broken:
             raise ValueError(_ATTENTION_RULES[broken])

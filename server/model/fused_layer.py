@@ -1,0 +1,189 @@
+"""Attention modules and decoder layers with a slim forward: the same modules, called with nothing in between.
+
+Transformers' own forward spends more time on views, rotary embedding and keyword arguments than a small step's kernels take.
+A module is recognised by its attributes, tried on the tensors the model itself gives it, and left as it is where anything
+differs. Every projection and norm is still called as a module, so hooks (adapters) run. Knows no adapters.
+
+    layer:      h + attention(norm(h))    then    h + mlp(norm(h))
+    attention:  q, k, v projections -> one native call (rotary, cache, attention) -> output projection
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .attention import LayerAttention, attention_of, bound, recording, torch_attention, torch_write
+from .native import NativeKernels
+from .step import Step
+
+#: Tokens of the trial: a row of its own each, at different positions.
+_TRIAL = 5
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """What one attention module asked for in a pass of the model."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+    scale: float
+    window: int
+    softcap: float
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one module was given in the trial, and what it gave: a tensor, or a tuple that begins with one."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    output: Any
+
+
+def fuse_layers(model: nn.Module, native: NativeKernels) -> int:
+    """Give attention modules and decoder layers a slim forward; returns how many modules got one."""
+    seen = _attentions(model)
+    if seen is None:
+        return 0
+    fused = 0
+    with _trial(seen):
+        calls = _calls(model, seen)
+        for module, attention in seen.items():
+            fused += _replace(module, _attention_forward(module, attention, native), calls.get(module))
+        for module, call in calls.items():
+            fused += _replace(module, _layer_forward(module), call)
+    return fused
+
+
+def _replace(module: nn.Module, forward: Callable[..., Any] | None, call: _Call | None) -> bool:
+    if forward is None or call is None:
+        return False
+    try:
+        got = forward(*call.args, **call.kwargs)
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False
+    if type(got) is not type(call.output) or not _agree(_first(got), _first(call.output)):
+        return False
+    module.forward = forward
+    return True
+
+
+def _agree(got: Tensor, expected: Tensor) -> bool:
+    allowed = 1e-4 * expected.abs() + 1e-5 * expected.abs().max()
+    return got.shape == expected.shape and bool(((got - expected).abs() <= allowed).all())
+
+
+# -- the trial -------------------------------------------------------------------------------------------------------
+
+
+def _attentions(model: nn.Module) -> dict[nn.Module, _Attention] | None:
+    """The attention modules of one pass, None where the model does not run or one is called twice."""
+    seen: dict[nn.Module, _Attention] = {}
+    twice = False
+
+    def record(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        nonlocal twice
+        twice |= module in seen
+        scale = kwargs.get("scaling") or q.shape[-1] ** -0.5
+        window, softcap = kwargs.get("sliding_window") or 0, kwargs.get("softcap") or 0.0
+        seen[module] = _Attention(q.shape[1], k.shape[1], k.shape[3], scale, window, softcap)
+        return torch.zeros_like(q).transpose(1, 2)
+
+    with recording(model, record):
+        try:
+            _run(model)
+        except Exception:  # whatever is wrong with this model, the guard that follows says it
+            return None
+    return None if twice else seen
+
+
+@contextmanager
+def _trial(seen: Mapping[nn.Module, _Attention]) -> Iterator[None]:
+    """Every attention module over a small cache of its own, in blocks of one: token i in block i + 1, seeing 1..i + 1."""
+    last = torch.arange(1, _TRIAL + 1, dtype=torch.int32)
+    step = Step(
+        write=last.long(),
+        tables=torch.where(last <= last[:, None], last, 0).int().contiguous(),
+        starts=torch.arange(_TRIAL + 1, dtype=torch.int32),
+        contexts=last,
+        spans=tuple((i, i + 1, i + 1) for i in range(_TRIAL)),
+        decodes=_TRIAL,
+    )
+    caches = {module: torch.zeros(2, _TRIAL + 1, 1, at.kv_heads, at.dim) for module, at in seen.items()}
+    with bound({module: LayerAttention(kv[0], kv[1], step, torch_attention, torch_write) for module, kv in caches.items()}):
+        yield
+
+
+def _run(model: nn.Module) -> None:
+    device = next(model.parameters()).device
+    ids = torch.arange(1, _TRIAL + 1, device=device)[None]
+    model(input_ids=ids, position_ids=ids * 3, use_cache=False, logits_to_keep=torch.tensor([0], device=device))
+
+
+def _calls(model: nn.Module, seen: Mapping[nn.Module, _Attention]) -> dict[nn.Module, _Call]:
+    """What attention modules and the modules around them were given and gave, in one pass over the trial's cache."""
+    calls: dict[nn.Module, _Call] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        calls[module] = _Call(args, kwargs, output)
+
+    around = [module for module in model.modules() if any(child in seen for child in module.children())]
+    handles = [module.register_forward_hook(note, with_kwargs=True) for module in (*seen, *around)]
+    try:
+        _run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _first(output: Any) -> Tensor:
+    return cast("Tensor", output[0] if isinstance(output, tuple) else output)
+
+
+# -- the slim forwards -----------------------------------------------------------------------------------------------
+
+
+def _attention_forward(module: nn.Module, at: _Attention, native: NativeKernels) -> Callable[..., Any] | None:
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    if not all(isinstance(getattr(module, name, None), nn.Module) for name in names):
+        return None
+    q_proj, k_proj, v_proj, o_proj = (getattr(module, name) for name in names)
+    original = module.forward
+
+    def forward(hidden_states: Tensor, position_embeddings: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+        layer = attention_of(module)
+        if layer is None:  # a dry run, which wants to see what the model asks for
+            return original(hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **kwargs)
+        step = layer.step
+        mixed = native.attend(
+            q_proj(hidden_states), k_proj(hidden_states), v_proj(hidden_states), position_embeddings, layer.keys,
+            layer.values, step.write, step.tables, step.starts, step.contexts, scale=at.scale, window=at.window,
+            softcap=at.softcap,
+        )  # fmt: skip
+        return o_proj(mixed), None
+
+    return forward
+
+
+def _layer_forward(module: nn.Module) -> Callable[..., Any] | None:
+    names = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+    if not all(isinstance(getattr(module, name, None), nn.Module) for name in names):
+        return None
+    norm, attention, second_norm, mlp = (getattr(module, name) for name in names)
+
+    def forward(hidden_states: Tensor, *args: Any, position_embeddings: Any = None, **kwargs: Any) -> Any:
+        mixed, _ = attention(hidden_states=norm(hidden_states), position_embeddings=position_embeddings, **kwargs)
+        mixed += hidden_states
+        out = mlp(second_norm(mixed))
+        out += mixed
+        return out
+
+    return forward
