@@ -44,6 +44,7 @@ FLOORS: Mapping[str, int] = {
     "server.model.attention": 3,
     "server.model.fused": 3,
     "server.model.fused_layer": 3,
+    "server.model.program": 3,
     "server.model.kernels": 3,
     "server.model.linear": 3,
     "server.model.loader": 3,

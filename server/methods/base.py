@@ -247,6 +247,7 @@ class Rows:
     span: slice | None
     taps: Mapping[str, Tensor]  # module name -> that module's input in this step, [T, in]; see Op.taps
     scratch: dict[object, object] = field(default_factory=dict)
+    fixed: bool = False  # `slot` is read on the device alone, may change unseen and holds 0 for rows outside the pool
 
     def take(self, x: Tensor) -> Tensor:
         """The pool's rows of `x` [T, d]: [n, d], a view where the rows are consecutive."""
@@ -259,6 +260,10 @@ class Rows:
         else:
             y[self.index] = rows
         return y
+
+
+#: run(x, y): acts on y [T, out] in place, given x [T, in].
+Run = Callable[[Tensor, Tensor], None]
 
 
 class Op(ABC):
@@ -297,6 +302,22 @@ class Op(ABC):
     def acts_before(self) -> bool:
         """Whether `before` does anything; a module gets a pre-hook only then."""
         return False
+
+    @property
+    def graphable(self) -> bool:
+        """Whether `after` takes `Rows.fixed`, so that a CUDA graph of it holds for whatever slots the rows have."""
+        return False
+
+    def runs(self, rows: Rows) -> Sequence[Run] | None:
+        """All that `after` does to these rows, as calls prepared for as long as the composition lasts.
+
+        None where `after` itself has to be called.
+        """
+        return None
+
+    def runs_before(self, rows: Rows) -> Sequence[Run] | None:
+        """All that `before` does, as calls run(x, x) on a copy that is this module's own; None as in `runs`."""
+        return None if self.acts_before else ()
 
     def before(self, x: Tensor, rows: Rows) -> Tensor:
         """x [T, in] -> [T, in]."""

@@ -9,14 +9,15 @@ Owns the "bitfit" pool and the step from stored biases to deltas. Never reads fi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import AdapterError
-from .base import BaseShape, Checkpoint, Limits, Method, Op, Part, Rows, Tensors, check_shape, site_shape
-from .grouped import Pool, PooledOp, per_row
+from .base import BaseShape, Checkpoint, Limits, Method, Op, Part, Rows, Run, Tensors, check_shape, site_shape
+from .grouped import AddRows, Pool, RunsOp
 
 
 class BitFit(Method):
@@ -45,7 +46,7 @@ def _delta(module: str, tensors: Tensors, base: BaseShape) -> Tensor:
     return tensor.float() - shape.bias.float()
 
 
-class BitFitOp(PooledOp):
+class BitFitOp(RunsOp):
     """Semantics: y[t] += d[s] for each row t of the pool, s its slot. d [slots, out], zero where unused."""
 
     order: ClassVar[int] = 20
@@ -69,8 +70,5 @@ class BitFitOp(PooledOp):
         self._held.discard(slot)
         self.delta.clear(slot)
 
-    def after(self, x: Tensor, y: Tensor, rows: Rows) -> Tensor:
-        rows = self.held(rows)
-        if not rows.groups:
-            return y
-        return rows.store(y, rows.take(y) + per_row(self.delta.tensor, rows, self))
+    def prepare(self, rows: Rows) -> Sequence[Run]:
+        return (AddRows(self.delta.tensor, rows),)

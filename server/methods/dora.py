@@ -10,15 +10,16 @@ against the base's weight, as PEFT does in every step; its norms are those of th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import AdapterError
-from .base import BaseShape, Checkpoint, Limits, Method, Op, Part, Rows, Tensors, check_shape
-from .grouped import Pool, PooledOp, per_row
+from .base import BaseShape, Checkpoint, Limits, Method, Op, Part, Rows, Run, Tensors, check_shape
+from .grouped import AddRows, MulRows, Pool, PooledOp, RunsOp
 from .lora import Kernel, bucket_of, low_rank_op, read_site, with_gain
 
 
@@ -76,7 +77,7 @@ def _factor(module: str, site: Tensors, magnitude: Tensor | None, base: BaseShap
     return factor
 
 
-class DoraOp(PooledOp):
+class DoraOp(RunsOp):
     """Semantics: y[t] = (y[t] - b) * f[s] + b + f[s] * s B[s] A[s] x[t] for each row t of the pool, s its slot.
 
     f [slots, out], one where unused; the bias's share (1 - f) b [slots, out] once a base with a bias brought one. Runs ahead
@@ -112,14 +113,15 @@ class DoraOp(PooledOp):
         for pool in self._pools():
             pool.clear(slot)
 
-    def after(self, x: Tensor, y: Tensor, rows: Rows) -> Tensor:
-        held = self.held(rows)
-        if not held.groups:
-            return y
-        own = held.take(y) * per_row(self.factor.tensor, held, (self, "factor"))
+    def prepare(self, rows: Rows) -> Sequence[Run]:
+        runs: list[Run] = [MulRows(self.factor.tensor, rows)]
         if self.shift is not None:
-            own = own + per_row(self.shift.tensor, held, (self, "shift"))
-        return self.product.after(x, held.store(y, own.to(y.dtype)), rows)
+            runs.append(AddRows(self.shift.tensor, rows))
+        product = self.product.runs(rows)
+        return [*runs, *product] if product is not None else [*runs, partial(self._product, rows)]
+
+    def _product(self, rows: Rows, x: Tensor, y: Tensor) -> None:
+        self.product.after(x, y, rows)
 
     def _pools(self) -> list[PooledOp | Pool]:
         pools: list[PooledOp | Pool] = [self.product, self.factor]

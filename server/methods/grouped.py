@@ -5,6 +5,7 @@ Owns device tensors with a leading slot axis. Knows no family's files, no model 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .base import Op, Rows
+from .base import Op, Rows, Run
 
 Groups = tuple[tuple[int, int, int], ...]
 
@@ -57,11 +58,55 @@ class PooledOp(Op):
 
     def held(self, rows: Rows) -> Rows:
         """The rows this module's adapters own: found once per composition, nearly always all of them."""
+        if rows.fixed:
+            return rows
         kept = rows.scratch.get((self, "held"))
         if kept is None:
             groups = tuple(group for group in rows.groups if group[0] in self._held)
             kept = rows.scratch[self, "held"] = len(groups) == len(rows.groups) or _narrowed(rows, groups)
         return rows if kept is True else cast("Rows", kept)
+
+
+class RunsOp(PooledOp):
+    """A pooled op whose `after` is a few prepared calls, so that a layer can run as one program."""
+
+    @abstractmethod
+    def prepare(self, rows: Rows) -> Sequence[Run]:
+        """What a composition computes here; `rows` are this module's own, and some."""
+
+    def runs(self, rows: Rows) -> Sequence[Run]:
+        kept = rows.scratch.get(self)
+        if kept is None:
+            held = self.held(rows)
+            kept = rows.scratch[self] = tuple(self.prepare(held)) if held.groups or held.fixed else ()
+        return cast("Sequence[Run]", kept)
+
+    def after(self, x: Tensor, y: Tensor, rows: Rows) -> Tensor:
+        for run in self.runs(rows):
+            run(x, y)
+        return y
+
+
+@dataclass(frozen=True, eq=False)
+class AddRows:
+    """A `Run`: y[t] += vectors[s] for each row t, s its slot. vectors [slots, out]."""
+
+    vectors: Tensor
+    rows: Rows
+
+    def __call__(self, x: Tensor, y: Tensor) -> None:
+        self.rows.store(y, (self.rows.take(y) + per_row(self.vectors, self.rows, self)).to(y.dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class MulRows:
+    """A `Run`: y[t] *= vectors[s] for each row t, s its slot. vectors [slots, out]."""
+
+    vectors: Tensor
+    rows: Rows
+
+    def __call__(self, x: Tensor, y: Tensor) -> None:
+        self.rows.store(y, (self.rows.take(y) * per_row(self.vectors, self.rows, self)).to(y.dtype))
 
 
 def _narrowed(rows: Rows, groups: Groups) -> Rows:

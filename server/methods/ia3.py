@@ -7,14 +7,15 @@ Owns the "ia3" pool. Never reads files and never decides which rows it runs on.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from ..errors import AdapterError
-from .base import BaseShape, Checkpoint, Limits, Method, Op, Part, Rows, Tensors, check_shape, site_shape
-from .grouped import Pool, PooledOp, per_row
+from .base import BaseShape, Checkpoint, Limits, Method, Op, Part, Rows, Run, Tensors, check_shape, site_shape
+from .grouped import MulRows, Pool, RunsOp
 
 
 class IA3(Method):
@@ -38,7 +39,7 @@ class IA3(Method):
         return IA3Op(shape.in_features, shape.out_features, device, dtype)
 
 
-class IA3Op(PooledOp):
+class IA3Op(RunsOp):
     """Semantics: x'[t] = x[t] * l_in[s], y'[t] = y[t] * l_out[s] for each row t of the pool, s its slot.
 
     Adapters may disagree on which side of one module they scale, so a site has both; each is allocated by its first
@@ -81,16 +82,24 @@ class IA3Op(PooledOp):
             pool.clear(slot)
 
     def before(self, x: Tensor, rows: Rows) -> Tensor:
-        rows = self.held(rows)
-        if "in" not in self._used or not rows.groups:
-            return x
-        return rows.store(x.clone(), rows.take(x) * per_row(self._used["in"].tensor, rows, (self, "in")))
+        scales = self.runs_before(rows)
+        if scales:
+            x = x.clone()
+        for scale in scales:
+            scale(x, x)
+        return x
 
-    def after(self, x: Tensor, y: Tensor, rows: Rows) -> Tensor:
-        rows = self.held(rows)
-        if "out" not in self._used or not rows.groups:
-            return y
-        return rows.store(y, rows.take(y) * per_row(self._used["out"].tensor, rows, (self, "out")))
+    def runs_before(self, rows: Rows) -> Sequence[Run]:
+        kept = rows.scratch.get((self, "in"))
+        if kept is None:
+            kept = rows.scratch[self, "in"] = self._scales("in", self.held(rows))
+        return cast("Sequence[Run]", kept)
+
+    def prepare(self, rows: Rows) -> Sequence[Run]:
+        return self._scales("out", rows)
+
+    def _scales(self, side: str, rows: Rows) -> tuple[Run, ...]:
+        return (MulRows(self._used[side].tensor, rows),) if side in self._used and rows.groups else ()
 
     def _pool(self, side: str) -> Pool:
         if side in self._unused:

@@ -11,14 +11,15 @@ Owns the "norm" pool and the step from stored weights to scale and shift. Never 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import AdapterError
-from .base import BaseShape, Checkpoint, Limits, Method, ModuleShape, Op, Part, Rows, Tensors, check_shape, site_shape
-from .grouped import Pool, PooledOp, per_row
+from .base import BaseShape, Checkpoint, Limits, Method, ModuleShape, Op, Part, Rows, Run, Tensors, check_shape, site_shape
+from .grouped import AddRows, MulRows, Pool, RunsOp
 
 #: How often over a trained norm's own size the base's bias may appear on the way: 1024 costs 10 of fp32's 24 bits.
 MOST_CANCELLED = 1024.0
@@ -103,7 +104,7 @@ def _check_precision(module: str, shape: ModuleShape, scale: Tensor, weight: Ten
         raise AdapterError(f"{module}.weight", f"channel {at} is too small in the base to be scaled to {float(weight[at]):g}")
 
 
-class NormOp(PooledOp):
+class NormOp(RunsOp):
     """Semantics: y[t] = y[t] * scale[s] + shift[s] for each row t of the pool, s its slot. Elementwise: no row moves another.
 
     scale, shift [slots, H], 1 and 0 where unused.
@@ -134,9 +135,5 @@ class NormOp(PooledOp):
         self.scale.clear(slot)
         self.shift.clear(slot)
 
-    def after(self, x: Tensor, y: Tensor, rows: Rows) -> Tensor:
-        rows = self.held(rows)
-        if not rows.groups:
-            return y
-        scale, shift = (per_row(pool.tensor, rows, (self, i)) for i, pool in enumerate((self.scale, self.shift)))
-        return rows.store(y, rows.take(y) * scale + shift)
+    def prepare(self, rows: Rows) -> Sequence[Run]:
+        return MulRows(self.scale.tensor, rows), AddRows(self.shift.tensor, rows)

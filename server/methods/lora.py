@@ -12,7 +12,7 @@ Never reads files and never decides which rows it runs on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import ClassVar, cast
@@ -30,15 +30,14 @@ from .base import (
     Op,
     Part,
     Rows,
+    Run,
     Tensors,
     check_shape,
     site_shape,
 )
-from .grouped import Pool, PooledOp, per_row, split_of
+from .grouped import AddRows, Pool, PooledOp, RunsOp, split_of
 from .lora_embedding import EmbeddingLoraOp
 
-#: run(x, y): adds each row's own product to y [T, out] in place.
-Run = Callable[[Tensor, Tensor], None]
 #: kernel(A, B, rows) -> run, which adds B[slot]^T A[slot] x to the pool's rows; A [S, r, in], B [S, r, out]. A run is made
 #: once per composition, so that a step pays for its arithmetic alone.
 Kernel = Callable[[Tensor, Tensor, Rows], Run]
@@ -167,7 +166,7 @@ def _scaled(name: str, tensor: Tensor, scale: float) -> Tensor:
     return scaled
 
 
-class LoraOp(PooledOp):
+class LoraOp(RunsOp):
     """Semantics: y[t] += B[s] @ (A[s] @ x[t]) + d[s] for each row t of the pool, s its slot.
 
     A [slots, r, in], B transposed [slots, r, out], zero padded from the adapter's rank to r; d [slots, out] once a LoRA
@@ -199,6 +198,10 @@ class LoraOp(PooledOp):
     def nbytes(self) -> int:
         return self.a.nbytes + self.b.nbytes + (self.bias.nbytes if self.bias else 0)
 
+    @property
+    def graphable(self) -> bool:
+        return self.kernel is not None and self.bias is None
+
     def grow(self, capacity: int) -> None:
         for pool in self._pools():
             pool.grow(capacity)
@@ -217,26 +220,12 @@ class LoraOp(PooledOp):
         for pool in self._pools():
             pool.clear(slot)
 
-    def after(self, x: Tensor, y: Tensor, rows: Rows) -> Tensor:
-        run = rows.scratch.get(self)
-        if run is None:
-            run = rows.scratch[self] = self._prepare(self.held(rows))
-        cast("Run", run)(x, y)
-        return y
-
-    def _prepare(self, rows: Rows) -> Run:
-        """What this composition computes here; `rows` are this module's own."""
-        if not rows.groups:
-            return lambda x, y: None
+    def prepare(self, rows: Rows) -> Sequence[Run]:
         if self.kernel is None:
             product: Run = partial(self._torch, rows)
         else:
             product = self.kernel(self.a.tensor, self.b.tensor, rows)
-        return product if self.bias is None else partial(self._biased, product, self.bias.tensor, rows)
-
-    def _biased(self, product: Run, bias: Tensor, rows: Rows, x: Tensor, y: Tensor) -> None:
-        product(x, y)
-        rows.store(y, rows.take(y) + per_row(bias, rows, (self, "bias")))
+        return (product,) if self.bias is None else (product, AddRows(self.bias.tensor, rows))
 
     def _pools(self) -> list[Pool]:
         return [self.a, self.b] + ([self.bias] if self.bias else [])

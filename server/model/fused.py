@@ -7,14 +7,46 @@ the original and dropped where it differs. Knows no adapters.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from .native import NativeKernels
+from .sites import Extension
 
 Forward = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class RMSNorm:
+    """A norm's forward over one scale per feature."""
+
+    native: NativeKernels
+    owner: nn.Module  # carries the `extension`: what adapters do here
+    scale: Tensor  # [H]
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.native.rms_norm(x.contiguous(), self.scale, self.eps)
+        extension: Extension | None = getattr(self.owner, "extension", None)
+        return y if extension is None else extension(x, y)
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    """A feed-forward's: down(act(gate(x)) * up(x)). The projections are called as modules, so that adapters keep acting."""
+
+    native: NativeKernels
+    gate: nn.Module
+    up: nn.Module
+    down: nn.Module
+    kernel: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return cast("Tensor", self.down(self.kernel(self.gate(x), self.up(x))))
+
 
 #: Inputs a replacement is tried on, one row each: an epsilon tells formulas apart near zero, an activation far from it.
 _MAGNITUDES = (1e-4, 1e-2, 1.0, 10.0, 100.0)
@@ -27,6 +59,8 @@ def fuse_model(model: nn.Module, native: NativeKernels) -> int:
         found = next((f for f, width in _candidates(module, native) if _agrees(module, f, width)), None)
         if found is not None:
             module.forward = found
+            if isinstance(found, RMSNorm):
+                module.extension = None  # type: ignore[assignment]  # nn.Module's annotation knows tensors and modules only
             fused += 1
     return fused
 
@@ -40,24 +74,15 @@ def _candidates(module: nn.Module, native: NativeKernels) -> Iterator[tuple[Forw
             yield _layer_norm(module, native), module.normalized_shape[0]
     elif isinstance(weight, Tensor) and weight.ndim == 1 and isinstance(eps, float):
         for scale in (weight.data, 1.0 + weight.data):  # Gemma stores the scale's distance from 1
-            yield _rms_norm(scale.contiguous(), eps, native), len(weight)
+            yield RMSNorm(native, module, scale.contiguous(), eps), len(weight)
     elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
         gate, up, down = (cast("nn.Module", getattr(module, name)) for name in ("gate_proj", "up_proj", "down_proj"))
         for kernel in (native.silu_mul, native.gelu_tanh_mul):
-            yield _gated(gate, up, down, kernel), cast("int", gate.in_features)
-
-
-def _rms_norm(scale: Tensor, eps: float, native: NativeKernels) -> Forward:
-    return lambda x: native.rms_norm(x.contiguous(), scale, eps)
+            yield GatedMLP(native, gate, up, down, kernel), cast("int", gate.in_features)
 
 
 def _layer_norm(module: nn.LayerNorm, native: NativeKernels) -> Forward:
     return lambda x: native.layer_norm(x.contiguous(), module.weight, module.bias, module.eps)
-
-
-def _gated(gate: nn.Module, up: nn.Module, down: nn.Module, kernel: Callable[[Tensor, Tensor], Tensor]) -> Forward:
-    # The projections are called as modules, so that their hooks (adapters) keep running.
-    return lambda x: cast("Tensor", down(kernel(gate(x), up(x))))
 
 
 def _agrees(module: nn.Module, fused: Forward, width: int) -> bool:

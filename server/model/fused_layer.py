@@ -20,22 +20,11 @@ from torch import Tensor, nn
 
 from .attention import LayerAttention, attention_of, bound, recording, torch_attention, torch_write
 from .native import NativeKernels
+from .program import AttentionShape, Frame, LayerProgram, Space, layer_parts
 from .step import Step
 
 #: Tokens of the trial: a row of its own each, at different positions.
 _TRIAL = 5
-
-
-@dataclass(frozen=True)
-class _Attention:
-    """What one attention module asked for in a pass of the model."""
-
-    heads: int
-    kv_heads: int
-    dim: int
-    scale: float
-    window: int
-    softcap: float
 
 
 @dataclass(frozen=True)
@@ -52,13 +41,15 @@ def fuse_layers(model: nn.Module, native: NativeKernels) -> int:
     seen = _attentions(model)
     if seen is None:
         return 0
-    fused = 0
+    fused, space, frame = 0, Space(), Frame()
     with _trial(seen):
         calls = _calls(model, seen)
         for module, attention in seen.items():
             fused += _replace(module, _attention_forward(module, attention, native), calls.get(module))
         for module, call in calls.items():
-            fused += _replace(module, _layer_forward(module), call)
+            if _replace(module, _layer_forward(module), call):
+                fused += 1
+                _replace(module, _programmed(module, seen, native, space, frame), _copied(call))
     return fused
 
 
@@ -75,6 +66,11 @@ def _replace(module: nn.Module, forward: Callable[..., Any] | None, call: _Call 
     return True
 
 
+def _copied(call: _Call) -> _Call:
+    """The same call on tensors of its own: a program writes over its input."""
+    return _Call(tuple(a.clone() if isinstance(a, Tensor) else a for a in call.args), call.kwargs, call.output)
+
+
 def _agree(got: Tensor, expected: Tensor) -> bool:
     allowed = 1e-4 * expected.abs() + 1e-5 * expected.abs().max()
     return got.shape == expected.shape and bool(((got - expected).abs() <= allowed).all())
@@ -83,9 +79,9 @@ def _agree(got: Tensor, expected: Tensor) -> bool:
 # -- the trial -------------------------------------------------------------------------------------------------------
 
 
-def _attentions(model: nn.Module) -> dict[nn.Module, _Attention] | None:
+def _attentions(model: nn.Module) -> dict[nn.Module, AttentionShape] | None:
     """The attention modules of one pass, None where the model does not run or one is called twice."""
-    seen: dict[nn.Module, _Attention] = {}
+    seen: dict[nn.Module, AttentionShape] = {}
     twice = False
 
     def record(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
@@ -93,7 +89,7 @@ def _attentions(model: nn.Module) -> dict[nn.Module, _Attention] | None:
         twice |= module in seen
         scale = kwargs.get("scaling") or q.shape[-1] ** -0.5
         window, softcap = kwargs.get("sliding_window") or 0, kwargs.get("softcap") or 0.0
-        seen[module] = _Attention(q.shape[1], k.shape[1], k.shape[3], scale, window, softcap)
+        seen[module] = AttentionShape(q.shape[1], k.shape[1], k.shape[3], scale, window, softcap)
         return torch.zeros_like(q).transpose(1, 2)
 
     with recording(model, record):
@@ -105,7 +101,7 @@ def _attentions(model: nn.Module) -> dict[nn.Module, _Attention] | None:
 
 
 @contextmanager
-def _trial(seen: Mapping[nn.Module, _Attention]) -> Iterator[None]:
+def _trial(seen: Mapping[nn.Module, AttentionShape]) -> Iterator[None]:
     """Every attention module over a small cache of its own, in blocks of one: token i in block i + 1, seeing 1..i + 1."""
     last = torch.arange(1, _TRIAL + 1, dtype=torch.int32)
     step = Step(
@@ -127,7 +123,7 @@ def _run(model: nn.Module) -> None:
     model(input_ids=ids, position_ids=ids * 3, use_cache=False, logits_to_keep=torch.tensor([0], device=device))
 
 
-def _calls(model: nn.Module, seen: Mapping[nn.Module, _Attention]) -> dict[nn.Module, _Call]:
+def _calls(model: nn.Module, seen: Mapping[nn.Module, AttentionShape]) -> dict[nn.Module, _Call]:
     """What attention modules and the modules around them were given and gave, in one pass over the trial's cache."""
     calls: dict[nn.Module, _Call] = {}
 
@@ -151,7 +147,7 @@ def _first(output: Any) -> Tensor:
 # -- the slim forwards -----------------------------------------------------------------------------------------------
 
 
-def _attention_forward(module: nn.Module, at: _Attention, native: NativeKernels) -> Callable[..., Any] | None:
+def _attention_forward(module: nn.Module, at: AttentionShape, native: NativeKernels) -> Callable[..., Any] | None:
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
     if not all(isinstance(getattr(module, name, None), nn.Module) for name in names):
         return None
@@ -185,5 +181,23 @@ def _layer_forward(module: nn.Module) -> Callable[..., Any] | None:
         out = mlp(second_norm(mixed))
         out += mixed
         return out
+
+    return forward
+
+
+def _programmed(
+    module: nn.Module, seen: Mapping[nn.Module, AttentionShape], native: NativeKernels, space: Space, frame: Frame
+) -> Callable[..., Any] | None:
+    """A layer's forward as one native call, in place on the hidden states; as modules where its program cannot be used."""
+    shape = seen.get(cast("nn.Module", module.self_attn))
+    parts = None if shape is None else layer_parts(module, shape)
+    if parts is None:
+        return None
+    program, modules = LayerProgram(parts, native, space, frame), module.forward
+
+    def forward(hidden_states: Tensor, *args: Any, position_embeddings: Any = None, **kwargs: Any) -> Any:
+        if program.run(hidden_states, position_embeddings):
+            return hidden_states
+        return modules(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
 
     return forward

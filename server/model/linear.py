@@ -6,7 +6,6 @@ numbers. Replaces modules of a loaded model once; knows no adapters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .native import NativeKernels
+from .sites import Extension
 
 
 class PackedModule(nn.Module):
@@ -23,7 +23,7 @@ class PackedModule(nn.Module):
     def __init__(self, native: NativeKernels, weight: Tensor, bias: Tensor | None) -> None:
         """weight [out, in]."""
         super().__init__()
-        self.extension: Callable[[Tensor, Tensor], Tensor] | None = None  # what adapters do to the output
+        self.extension: Extension | None = None  # what adapters do here
         self.packed = native.packed_linear(_compact(weight), None if bias is None else bias.float())
         self.in_features, self.out_features = self.packed.in_features, self.packed.out_features
 
@@ -33,8 +33,11 @@ class PackedModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] fp32 -> [..., out]."""
+        extension = self.extension
+        if extension is not None:
+            x = extension.before(x)
         y = self.packed(x if x.is_contiguous() else x.contiguous())
-        return y if self.extension is None else self.extension(x, y)
+        return y if extension is None else extension(x, y)
 
 
 class WideningEmbedding(nn.Module):

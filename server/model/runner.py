@@ -108,6 +108,7 @@ class Runner:
                 self._readout.put(adapter.digest, part.head)
 
     def _evict(self, digest: Digest, slots: Mapping[str, int]) -> None:
+        self._batch.forget_composition()
         for pool, slot in slots.items():
             self.sites.clear(pool, slot)
         self._prefixes.pop(digest, None)

@@ -8,7 +8,7 @@ and nothing else; which rows go through them is read from `Step`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,26 +16,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..methods.base import BaseShape, Method, Op, Part
+from ..methods.base import BaseShape, Method, Op, Part, Rows, Run
 from .step import Step
+
+
+class Extension(Protocol):
+    """What adapters do at a module of our own: `x = before(x)`, then `y = extension(x, y)` on its output."""
+
+    def before(self, x: Tensor) -> Tensor: ...
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor: ...
+
+    def runs(self) -> Sequence[Run] | None:
+        """What this step does to the output, as prepared calls for a program; None where it has to be called."""
+
+    def runs_before(self) -> Sequence[Run] | None:
+        """The same for the input: each called as run(x, x), on an input that no other module reads."""
 
 
 @runtime_checkable
 class Extensible(Protocol):
-    """A module of our own that calls `extension(x, y)` on its input and output: a hook without a hook's cost."""
+    """A module of our own that applies its `extension` itself: a hook without a hook's cost."""
 
-    extension: Callable[[Tensor, Tensor], Tensor] | None
-
-
-class Extension:
-    """What a module calls after itself, until removed."""
-
-    def __init__(self, module: Extensible, act: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self._module = module
-        module.extension = act
-
-    def remove(self) -> None:
-        self._module.extension = None
+    extension: Extension | None
 
 
 @dataclass(eq=False)
@@ -46,6 +49,14 @@ class _Pooled:
     op: Op
     capacity: int = 0
     occupied: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class _Attached:
+    module: Extensible
+
+    def remove(self) -> None:
+        self.module.extension = None
 
 
 class Site:
@@ -59,7 +70,7 @@ class Site:
         self._step = step
         self._before: tuple[_Pooled, ...] = ()
         self._after: tuple[_Pooled, ...] = ()
-        self._handles: list[RemovableHandle | Extension] = []
+        self._handles: list[RemovableHandle | _Attached] = []
 
     def attach(self) -> None:
         """Bring the hooks in line with the ops."""
@@ -71,37 +82,53 @@ class Site:
             handle.remove()
         self._before, self._after = before, ordered
         self._handles = [self._attach_after()] if ordered else []
-        if self._before:
+        if self._before and not isinstance(self.module, Extensible):
             self._handles.append(self.module.register_forward_pre_hook(self._run_before))
 
-    def _attach_after(self) -> RemovableHandle | Extension:
+    def _attach_after(self) -> RemovableHandle | _Attached:
         if isinstance(self.module, Extensible):
-            return Extension(self.module, self._act)
-        return self.module.register_forward_hook(lambda module, args, output: self._act(args[0], output))
+            self.module.extension = self
+            return _Attached(self.module)
+        return self.module.register_forward_hook(lambda module, args, output: self(args[0], output))
+
+    def runs(self) -> Sequence[Run] | None:
+        return self._gathered([p.op.runs(rows) for p in self._after if (rows := self._pools.get(p.pool)) is not None])
+
+    def runs_before(self) -> Sequence[Run] | None:
+        return self._gathered([p.op.runs_before(rows) for p in self._before if (rows := self._pools.get(p.pool)) is not None])
+
+    def _gathered(self, found: Sequence[Sequence[Run] | None]) -> Sequence[Run] | None:
+        return None if None in found else [run for runs in found if runs is not None for run in runs]
+
+    @property
+    def _pools(self) -> Mapping[str, Rows]:
+        return self._step.kept_rows if self._kept else self._step.rows
 
     def _run_before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        x = flat = args[0]
-        pools = self._step.kept_rows if self._kept else self._step.rows
+        x = self.before(args[0])
+        return None if x is args[0] else (x, *args[1:])
+
+    def before(self, x: Tensor) -> Tensor:
+        """The module's input through the ops that act before it, a copy where one does. x [1, T, in]."""
+        flat = x
+        pools = self._pools
         for pooled in self._before:
             rows = pools.get(pooled.pool)
             if rows is not None:
                 flat = pooled.op.before(flat.reshape(-1, flat.shape[-1]), rows)
-        return None if flat is x else (flat.view(x.shape), *args[1:])
+        return x if flat is x else flat.view(x.shape)
 
-    def _act(self, given: Tensor, output: Tensor) -> Tensor:
-        """The module's output through the ops of this step's rows. given [1, T, in] or ids [1, T], output [1, T, out]."""
-        x: Tensor | None = None
-        y = flat = output
-        pools = self._step.kept_rows if self._kept else self._step.rows
-        for pooled in self._after:
-            rows = pools.get(pooled.pool)
-            if rows is None:
-                continue
-            if x is None:
-                x = given.reshape(-1) if self._ids else given.reshape(-1, given.shape[-1])
-                y = flat = output.view(-1, output.shape[-1])
-            y = pooled.op.after(x, y, rows)
-        return output if y is flat else y.view(output.shape)
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """The module's output through the ops of this step's rows. x [1, T, in] or ids [1, T], y [1, T, out]."""
+        pools = self._pools
+        acting = [(pooled.op, rows) for pooled in self._after if (rows := pools.get(pooled.pool)) is not None]
+        if not acting:
+            return y
+        given = x.reshape(-1) if self._ids else x.reshape(-1, x.shape[-1])
+        flat = changed = y.view(-1, y.shape[-1])
+        for op, rows in acting:
+            changed = op.after(given, changed, rows)
+        return y if changed is flat else changed.view(y.shape)
 
 
 @dataclass
@@ -131,6 +158,8 @@ class Sites:
         self._sites: dict[str, Site] = {}
         self._taps: dict[str, _Tap] = {}
         self._where: dict[tuple[str, int], dict[str, None]] = {}  # (pool, slot) -> modules, in order
+        self._graphable: dict[str, bool] = {}  # pools asked about since the last change
+        self.version = 0  # another whenever an op came or went, moved its memory, or is graphable no more
 
     @property
     def nbytes(self) -> int:
@@ -141,6 +170,17 @@ class Sites:
     def attached(self) -> tuple[str, ...]:
         """Names of the modules that carry a hook now."""
         return tuple(self._sites)
+
+    def graphable(self, pool: str) -> bool:
+        """Whether a CUDA graph can hold what the pool's ops do, at every module."""
+        if pool not in self._graphable:
+            ops = (site.pools[pool].op for site in self._sites.values() if pool in site.pools)
+            self._graphable[pool] = all(op.graphable for op in ops)
+        return self._graphable[pool]
+
+    def _changed(self) -> None:
+        self._graphable.clear()
+        self.version += 1
 
     def put(self, part: Part, slot: int) -> None:
         """Write a part into `slot` of its pool, at every module it names."""
@@ -154,7 +194,11 @@ class Sites:
                 capacity = max(slot + 1, 2 * pooled.capacity)
                 pooled.op.grow(capacity)
                 pooled.capacity = capacity
+                self._changed()
+            graphable = pooled.op.graphable
             pooled.op.put(slot, tensors)
+            if pooled.op.graphable != graphable:
+                self._changed()
             pooled.occupied.add(slot)
             self._sites[name].attach()  # an op may act before the module only since this adapter
 
@@ -170,6 +214,7 @@ class Sites:
             pooled.occupied.discard(slot)
             if not pooled.occupied:
                 self._untap(pooled.op)
+                self._changed()
                 del site.pools[pool]
                 site.attach()
                 if not site.pools:
@@ -184,6 +229,7 @@ class Sites:
         if pooled is None:
             op = self._methods[part.method].op(part, name, self._base, self._device, self._dtype)
             self._tap(op)
+            self._changed()
             pooled = site.pools[pool] = _Pooled(pool, op)
             self._sites[name] = site
         return pooled

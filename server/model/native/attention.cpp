@@ -12,10 +12,9 @@
 // A query reads only the positions it sees: NaN at any other position cannot reach it.
 #include <vector>
 
+#include "kernels.h"
 #include "simd.h"
 
-ADAPTERD_EXPORT void adapterd_rotary(float *x, std::int64_t head_stride, std::int64_t token_stride, const float *cos,
-                                     const float *sin, std::int64_t heads, std::int64_t tokens, std::int64_t dim);
 
 namespace adapterd {
 namespace {
@@ -26,24 +25,7 @@ constexpr index_t QUERY_ROWS = 64;   // (token, head) pairs that share one stage
 constexpr index_t PIECE = 4;         // chunks per piece when one task is shared out
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
-struct Call {
-    const float *q;
-    index_t q_token, q_head;  // strides of q in floats
-    const float *k, *v;
-    index_t blocks, block_size, kv_heads, dim;
-    const std::int32_t *tables;
-    index_t table_width;
-    const std::int32_t *cu, *ctx;
-    index_t rows, tokens, heads;
-    float scale;
-    index_t window;
-    float softcap;
-    float *out;
-
-    index_t group() const { return heads / kv_heads; }
-    index_t padded() const { return (dim + PANEL - 1) / PANEL * PANEL; }
-    index_t row_stride() const { return kv_heads * dim; }
-};
+using Call = AttentionCall;
 
 struct Span {
     index_t from, to;
@@ -315,44 +297,55 @@ std::vector<Task> tasks_of(const Call &c) {
     return tasks;
 }
 
-// Few tasks over long contexts are shared out by chunks. This moves work, never bits.
-void run_shared(const Call &c, std::vector<Task> &tasks) {
-    static thread_local Scratch scratch;
-    std::vector<std::pair<index_t, index_t>> pieces;
-    index_t total = 0;
-    for (index_t i = 0; i < static_cast<index_t>(tasks.size()); i++) {
-        for (index_t p = 0; p * PIECE < tasks[i].chunks; p++) pieces.push_back({i, p});
-        total += tasks[i].chunks * Partial::size(c, rows_of(c, tasks[i]));
-    }
-    float *p = scratch.floats(total);
-    for (Task &t : tasks) {
-        t.partials = p;
-        p += t.chunks * Partial::size(c, rows_of(c, t));
-    }
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(dynamic)
-        for (index_t i = 0; i < static_cast<index_t>(pieces.size()); i++)
-            run_piece(c, tasks[pieces[i].first], pieces[i].second);
-#pragma omp for schedule(static)
-        for (index_t i = 0; i < static_cast<index_t>(tasks.size()); i++) gather_pieces(c, tasks[i]);
-    }
-}
+}  // namespace
 
-void run(const Call &c) {
-    std::vector<Task> tasks = tasks_of(c);
-    index_t count = static_cast<index_t>(tasks.size()), longest = 0, work = 0;
+// Few tasks over long contexts are shared out by chunks. This moves work, never bits.
+struct AttentionPlan {
+    std::vector<Task> tasks;
+    std::vector<std::pair<index_t, index_t>> pieces;  // (task, piece); empty where tasks are run whole
+    std::unique_ptr<float[]> partials;
+    bool parallel = false;
+};
+
+std::shared_ptr<AttentionPlan> attention_plan(const Call &c) {
+    auto plan = std::make_shared<AttentionPlan>();
+    std::vector<Task> &tasks = plan->tasks = tasks_of(c);
+    index_t count = static_cast<index_t>(tasks.size()), longest = 0, work = 0, total = 0;
     for (const Task &t : tasks) {
         longest = t.chunks > longest ? t.chunks : longest;
         work += rows_of(c, t) * t.chunks * CHUNK * c.dim;
     }
-    if (threads > 1 && count < 4 * threads && longest > PIECE) return run_shared(c, tasks);
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (count > 1 && work > PARALLEL_WORK)
-    for (index_t i = 0; i < count; i++) run_whole(c, tasks[i]);
+    plan->parallel = count > 1 && work > PARALLEL_WORK;
+    if (threads == 1 || count >= 4 * threads || longest <= PIECE) return plan;
+    plan->parallel = true;
+    for (index_t i = 0; i < count; i++) {
+        for (index_t p = 0; p * PIECE < tasks[i].chunks; p++) plan->pieces.push_back({i, p});
+        total += tasks[i].chunks * Partial::size(c, rows_of(c, tasks[i]));
+    }
+    plan->partials.reset(new float[total]);
+    float *p = plan->partials.get();
+    for (Task &t : tasks) {
+        t.partials = p;
+        p += t.chunks * Partial::size(c, rows_of(c, t));
+    }
+    return plan;
+}
+
+void team_attention(const Call &c, const AttentionPlan &plan) {
+    index_t count = static_cast<index_t>(plan.tasks.size()), pieces = static_cast<index_t>(plan.pieces.size());
+    if (!pieces) {
+#pragma omp for schedule(dynamic)
+        for (index_t i = 0; i < count; i++) run_whole(c, plan.tasks[i]);
+        return;
+    }
+#pragma omp for schedule(dynamic)
+    for (index_t i = 0; i < pieces; i++) run_piece(c, plan.tasks[plan.pieces[i].first], plan.pieces[i].second);
+#pragma omp for schedule(static)
+    for (index_t i = 0; i < count; i++) gather_pieces(c, plan.tasks[i]);
 }
 
 // 0, or the number of the first broken rule; see the export below.
-int broken_rule(const Call &c) {
+int attention_rule(const Call &c) {
     if (c.rows > 0 && (c.cu[0] < 0 || c.cu[c.rows] > c.tokens)) return 1;
     for (index_t i = 0; i < c.rows; i++) {
         index_t queries = c.cu[i + 1] - c.cu[i], pages = (c.ctx[i] + c.block_size - 1) / c.block_size;
@@ -366,7 +359,20 @@ int broken_rule(const Call &c) {
     return 0;
 }
 
-}  // namespace
+void team_write(const NewKeys &c) {
+#pragma omp for schedule(static)
+    for (index_t t = 0; t < c.tokens; t++) {
+        if (c.cos) {
+            const float *cos = c.cos + t * c.turned, *sin = c.sin + t * c.turned;
+            for (index_t h = 0; h < c.heads; h++) rotate(c.q + (t * c.heads + h) * c.dim, cos, sin, c.turned / 2);
+            for (index_t h = 0; h < c.kv_heads; h++) rotate(c.k + (t * c.kv_heads + h) * c.dim, cos, sin, c.turned / 2);
+        }
+        index_t at = c.write[t] * c.kv_heads * c.dim, from = t * c.kv_heads * c.dim;
+        std::memcpy(c.k_cache + at, c.k + from, c.kv_heads * c.dim * sizeof(float));
+        std::memcpy(c.v_cache + at, c.v + from, c.kv_heads * c.dim * sizeof(float));
+    }
+}
+
 }  // namespace adapterd
 
 // Returns 0; 1: cu is not ascending within the tokens; 2: a context is shorter than its queries or longer than its
@@ -380,8 +386,10 @@ ADAPTERD_EXPORT int adapterd_attention(const float *q, std::int64_t q_token, std
     using namespace adapterd;
     Call call{q,  q_token, q_head, k,      v,     blocks, block_size, kv_heads, dim, tables, table_width,
               cu, ctx,     rows,   tokens, heads, scale,  window,     softcap,  out};
-    if (int rule = broken_rule(call)) return rule;
-    run(call);
+    if (int rule = attention_rule(call)) return rule;
+    std::shared_ptr<AttentionPlan> plan = attention_plan(call);
+#pragma omp parallel num_threads(threads) if (plan->parallel)
+    team_attention(call, *plan);
     return 0;
 }
 
@@ -391,8 +399,7 @@ ADAPTERD_EXPORT int adapterd_write_kv(const float *k, std::int64_t k_head, std::
                                       std::int64_t v_head, std::int64_t v_token, float *k_cache, float *v_cache,
                                       const std::int64_t *write, std::int64_t tokens, std::int64_t positions,
                                       std::int64_t kv_heads, std::int64_t dim) {
-    for (std::int64_t t = 0; t < tokens; t++)
-        if (write[t] < 0 || write[t] >= positions) return 1;
+    if (!adapterd::all_within(write, tokens, positions)) return 1;
     for (std::int64_t t = 0; t < tokens; t++)
         for (std::int64_t h = 0; h < kv_heads; h++) {
             std::int64_t at = (write[t] * kv_heads + h) * dim;
@@ -412,13 +419,17 @@ ADAPTERD_EXPORT int adapterd_attend(float *q, float *k, const float *v, const fl
                                     const std::int32_t *cu, const std::int32_t *ctx, std::int64_t rows,
                                     std::int64_t tokens, std::int64_t heads, float scale, std::int64_t window,
                                     float softcap, float *out) {
-    if (cos) {
-        adapterd_rotary(q, dim, heads * dim, cos, sin, heads, tokens, turned);
-        adapterd_rotary(k, dim, kv_heads * dim, cos, sin, kv_heads, tokens, turned);
+    using namespace adapterd;
+    Call call{q,           heads * dim, dim, k_cache, v_cache, blocks, block_size, kv_heads, dim, tables,
+              table_width, cu,          ctx, rows,    tokens,  heads,  scale,      window,   softcap, out};
+    if (int rule = attention_rule(call)) return rule;
+    if (!all_within(write, tokens, blocks * block_size)) return 4;
+    NewKeys fresh{q, k, v, cos, sin, turned, k_cache, v_cache, write, tokens, heads, kv_heads, dim};
+    std::shared_ptr<AttentionPlan> plan = attention_plan(call);
+#pragma omp parallel num_threads(threads) if (plan->parallel || tokens * heads * dim > PARALLEL_WORK / 16)
+    {
+        team_write(fresh);
+        team_attention(call, *plan);
     }
-    if (adapterd_write_kv(k, dim, kv_heads * dim, v, dim, kv_heads * dim, k_cache, v_cache, write, tokens,
-                          blocks * block_size, kv_heads, dim))
-        return 4;
-    return adapterd_attention(q, heads * dim, dim, k_cache, v_cache, blocks, block_size, kv_heads, dim, tables,
-                              table_width, cu, ctx, rows, tokens, heads, scale, window, softcap, out);
+    return 0;
 }

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
 from .build import NativeUnavailable
+from .int8 import Int8Weight
 from .library import NativeKernels
 
 TOLERANCE = 1e-4  # absolute, on values of size about 1 after sums of at most 70 products
@@ -54,6 +56,31 @@ def _lora(kernels: NativeKernels, random: Random) -> Pair:
     return got, want
 
 
+def _int8(kernels: NativeKernels, random: Random) -> Pair:
+    x, weight, bias = random(14, 37), Int8Weight.of(random(70, 37)), random(70)
+    linear = kernels.packed_linear(weight, bias)
+    got = linear(x)
+    if not torch.equal(linear(x[13:]), got[13:]):
+        raise NativeUnavailable("the self-check of int8 failed: a row's bits depend on the number of rows")
+    return got, reference.linear(x, weight.widened(), bias)
+
+
+def _bottleneck(kernels: NativeKernels, random: Random) -> Pair:
+    index, slot = torch.tensor([8, 0, 1, 2, 4, 5, 6]), torch.tensor([0, 1, 1, 1, 1, 1, 3])
+    x, y = random(9, 70), random(9, 70)
+    weights = random(4, 5, 70) * 0.1, random(4, 5), random(4, 5, 70), random(4, 70)
+    both = []
+    for name, activation in _TRIED.items():
+        both.append((y.clone(), y.clone()))
+        kernels.bottleneck(x, both[-1][0], name, weights, index, slot)
+        reference.bottleneck(x, both[-1][1], activation, weights, index, slot)
+    return torch.cat([got for got, _ in both]), torch.cat([want for _, want in both])
+
+
+#: One activation per function that the others are made of.
+_TRIED: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
+
+
 def _attention(kernels: NativeKernels, random: Random) -> Pair:
     q, keys, values = random(8, 4, 20), random(12, 16, 2, 20), random(12, 16, 2, 20)
     tables = torch.arange(12, dtype=torch.int32).view(2, 6).flip(0).contiguous()
@@ -92,7 +119,9 @@ def _rotary(kernels: NativeKernels, random: Random) -> Pair:
 
 _CHECKS: dict[str, Callable[[NativeKernels, Random], Pair]] = {
     "linear": _linear,
+    "int8": _int8,
     "lora": _lora,
+    "bottleneck": _bottleneck,
     "attention": _attention,
     "write_kv": _write_kv,
     "elementwise": _elementwise,

@@ -2,6 +2,7 @@
 // Owns no layout but [rows, width]; formulas are Hugging Face's.
 #include <cmath>
 
+#include "kernels.h"
 #include "simd.h"
 
 namespace adapterd {
@@ -10,8 +11,8 @@ namespace {
 constexpr index_t PARALLEL_ELEMENTS = 1 << 15;  // below this a parallel region costs more than it saves
 
 template <typename F>
-ADAPTERD_INLINE void each_row(index_t rows, index_t width, F row) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows * width > PARALLEL_ELEMENTS)
+ADAPTERD_INLINE void each_row(index_t rows, F row) {
+#pragma omp for schedule(static)
     for (index_t r = 0; r < rows; r++) row(r);
 }
 
@@ -56,6 +57,22 @@ ADAPTERD_INLINE vf silu(vf x) { return x * sigmoid(x); }
 // 0.5 x (1 + tanh(u)) is x sigmoid(2u); u = sqrt(2 / pi) (x + 0.044715 x^3).
 ADAPTERD_INLINE vf gelu_tanh(vf x) { return x * sigmoid(1.5957691216f * (x + 0.044715f * (x * x * x))); }
 
+void layer_norm(const float *x, const float *weight, const float *bias, float *y, index_t rows, index_t width,
+                float eps) {
+    each_row(rows, [=](index_t r) {
+        const float *from = x + r * width;
+        float *to = y + r * width, mean = average(from, width);
+        float scale = 1.0f / std::sqrt(squares(from, width, mean) / static_cast<float>(width) + eps);
+        for (index_t i = 0; i < width; i++) to[i] = (from[i] - mean) * scale;
+        if (weight)
+            for (index_t i = 0; i < width; i++) to[i] *= weight[i];
+        if (bias)
+            for (index_t i = 0; i < width; i++) to[i] += bias[i];
+    });
+}
+
+}  // namespace
+
 void rotate(float *x, const float *cos, const float *sin, index_t half) {
     index_t j = 0;
     for (; j + LANES <= half; j += LANES) {
@@ -70,49 +87,78 @@ void rotate(float *x, const float *cos, const float *sin, index_t half) {
     }
 }
 
-}  // namespace
-}  // namespace adapterd
-
 // y = weight * x / sqrt(mean(x^2) + eps); x, y [rows, width].
-ADAPTERD_EXPORT void adapterd_rms_norm(const float *x, const float *weight, float *y, std::int64_t rows,
-                                       std::int64_t width, float eps) {
-    using namespace adapterd;
-    each_row(rows, width, [=](index_t r) {
+void team_rms_norm(const float *x, const float *weight, float *y, index_t rows, index_t width, float eps) {
+    each_row(rows, [=](index_t r) {
         const float *from = x + r * width;
         float scale = 1.0f / std::sqrt(squares(from, width, 0.0f) / static_cast<float>(width) + eps);
         for (index_t i = 0; i < width; i++) y[r * width + i] = weight[i] * (from[i] * scale);
     });
 }
 
+void team_silu_mul(const float *gate, const float *up, float *y, index_t rows, index_t width) {
+    each_row(rows, [=](index_t r) { gated_row(gate + r * width, up + r * width, y + r * width, width, silu); });
+}
+
+void team_gelu_tanh_mul(const float *gate, const float *up, float *y, index_t rows, index_t width) {
+    each_row(rows, [=](index_t r) { gated_row(gate + r * width, up + r * width, y + r * width, width, gelu_tanh); });
+}
+
+void team_add_rows(float *y, const float *vectors, const std::int64_t *index, const std::int64_t *slot, index_t n,
+                   index_t width) {
+    each_row(n, [=](index_t r) {
+        float *to = y + index[r] * width;
+        const float *own = vectors + slot[r] * width;
+        for (index_t i = 0; i < width; i++) to[i] += own[i];
+    });
+}
+
+void team_mul_rows(float *y, const float *vectors, const std::int64_t *index, const std::int64_t *slot, index_t n,
+                   index_t width) {
+    each_row(n, [=](index_t r) {
+        float *to = y + index[r] * width;
+        const float *own = vectors + slot[r] * width;
+        for (index_t i = 0; i < width; i++) to[i] *= own[i];
+    });
+}
+
+void team_add(const float *x, float *y, index_t rows, index_t width) {
+    each_row(rows, [=](index_t r) {
+        for (index_t i = r * width; i < (r + 1) * width; i++) y[i] += x[i];
+    });
+}
+
+}  // namespace adapterd
+
+ADAPTERD_EXPORT void adapterd_rms_norm(const float *x, const float *weight, float *y, std::int64_t rows,
+                                       std::int64_t width, float eps) {
+    using namespace adapterd;
+#pragma omp parallel num_threads(threads) if (rows * width > PARALLEL_ELEMENTS)
+    team_rms_norm(x, weight, y, rows, width, eps);
+}
+
 // y = weight * (x - mean) / sqrt(var + eps) + bias; weight and bias may be null.
 ADAPTERD_EXPORT void adapterd_layer_norm(const float *x, const float *weight, const float *bias, float *y,
                                          std::int64_t rows, std::int64_t width, float eps) {
     using namespace adapterd;
-    each_row(rows, width, [=](index_t r) {
-        const float *from = x + r * width;
-        float *to = y + r * width, mean = average(from, width);
-        float scale = 1.0f / std::sqrt(squares(from, width, mean) / static_cast<float>(width) + eps);
-        for (index_t i = 0; i < width; i++) to[i] = (from[i] - mean) * scale;
-        if (weight)
-            for (index_t i = 0; i < width; i++) to[i] *= weight[i];
-        if (bias)
-            for (index_t i = 0; i < width; i++) to[i] += bias[i];
-    });
+#pragma omp parallel num_threads(threads) if (rows * width > PARALLEL_ELEMENTS)
+    layer_norm(x, weight, bias, y, rows, width, eps);
 }
 
 // y = silu(gate) * up, all [rows, width].
 ADAPTERD_EXPORT void adapterd_silu_mul(const float *gate, const float *up, float *y, std::int64_t rows,
                                        std::int64_t width) {
     using namespace adapterd;
-    each_row(rows, width, [=](index_t r) { gated_row(gate + r * width, up + r * width, y + r * width, width, silu); });
+#pragma omp parallel num_threads(threads) if (rows * width > PARALLEL_ELEMENTS)
+    team_silu_mul(gate, up, y, rows, width);
 }
 
 // y = gelu_tanh(gate) * up, all [rows, width].
 ADAPTERD_EXPORT void adapterd_gelu_tanh_mul(const float *gate, const float *up, float *y, std::int64_t rows,
                                             std::int64_t width) {
     using namespace adapterd;
-    each_row(rows, width,
-             [=](index_t r) { gated_row(gate + r * width, up + r * width, y + r * width, width, gelu_tanh); });
+#pragma omp parallel num_threads(threads) if (rows * width > PARALLEL_ELEMENTS)
+    team_gelu_tanh_mul(gate, up, y, rows, width);
 }
 
 // x [heads, tokens, >= dim] by strides (floats), in place on its first `dim` features; cos, sin [tokens, dim].
@@ -120,8 +166,8 @@ ADAPTERD_EXPORT void adapterd_gelu_tanh_mul(const float *gate, const float *up, 
 ADAPTERD_EXPORT void adapterd_rotary(float *x, std::int64_t head_stride, std::int64_t token_stride, const float *cos,
                                      const float *sin, std::int64_t heads, std::int64_t tokens, std::int64_t dim) {
     using namespace adapterd;
-    each_row(tokens, heads * dim, [=](index_t t) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (tokens * heads * dim > PARALLEL_ELEMENTS)
+    for (index_t t = 0; t < tokens; t++)
         for (index_t h = 0; h < heads; h++)
             rotate(x + h * head_stride + t * token_stride, cos + t * dim, sin + t * dim, dim / 2);
-    });
 }

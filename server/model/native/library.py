@@ -9,7 +9,7 @@ A step makes some hundreds of calls, so a call costs microseconds: bound functio
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PANEL = 32  # columns per panel, as in simd.h
+from .int8 import PANEL, Int8Weight, pack_int8, unpack_int8
 
 _INT = ctypes.c_int
 _LONG = ctypes.c_int64
@@ -30,7 +30,9 @@ _L = _LONG
 _LONG_CALLS: dict[str, tuple[Any, ...]] = {
     "linear": (_INT, _P, _P, _P, _P, _L, _L, _L),
     "lora": (_INT, _P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _L),
+    "bottleneck": (_INT, *[_P] * 8, *[_L] * 5),
     "attention": (_P, _L, _L, _P, _P, _L, _L, _L, _L, _P, _L, _P, _P, _L, _L, _L, _FLOAT, _L, _FLOAT, _P),
+    "layer": (_P, _L, _P),
     "attend": (*[_P] * 5, _L, _P, _P, *[_L] * 4, _P, _P, _L, _P, _P, _L, _L, _L, _FLOAT, _L, _FLOAT, _P),
 }
 #: Microseconds each: giving the GIL away could cost a whole switch interval (5 ms) to get it back.
@@ -43,7 +45,8 @@ _SHORT_CALLS: dict[str, tuple[Any, ...]] = {
     "gelu_tanh_mul": (_P, _P, _P, _L, _L),
     "rotary": (_P, _L, _L, _P, _P, _L, _L, _L),
 }
-_CHECKED = frozenset({"lora", "attention", "attend", "write_kv"})  # these return the number of the rule an argument breaks
+#: These return the number of the rule that an argument breaks.
+_CHECKED = frozenset({"lora", "bottleneck", "attention", "attend", "write_kv", "layer"})
 
 _LORA_RULES = ("", "index names a row outside x", "slot names a slot outside the pool")
 _ATTENTION_RULES = (
@@ -54,6 +57,11 @@ _ATTENTION_RULES = (
     "write names a position outside the cache",
 )
 _WRITE_RULES = ("", _ATTENTION_RULES[-1])
+
+#: Instructions of a layer, in the order of `Kind` in layer.cpp.
+NORM, LINEAR, LORA, WRITE, ATTEND, ADD, SILU_MUL, GELU_TANH_MUL, ADD_ROWS, MUL_ROWS = range(10)
+INSTRUCTION_WORDS, FRAME_WORDS = 16, 11
+_LAYER_RULES = {LORA: _LORA_RULES, WRITE: _WRITE_RULES, ATTEND: _ATTENTION_RULES}
 
 _fp32 = torch.float32
 _WEIGHTS = (torch.float32, torch.bfloat16)
@@ -105,19 +113,29 @@ def unpack(panels: Tensor, n: int) -> Tensor:
     return panels.view(count, k, PANEL // 2, 2).permute(0, 3, 2, 1).reshape(count * PANEL, k)[:n]
 
 
+#: Of bottlenecks, in the order of `Activation` in bottleneck.cpp; the names are those of `server.methods.activations`.
+ACTIVATIONS = (
+    "linear", "relu", "relu2", "relu6", "leaky_relu", "sigmoid", "silu", "quick_gelu", "tanh", "gelu_tanh", "gelu",
+    "gelu_10", "hardswish", "laplace", "mish",
+)  # fmt: skip
+
+#: Storage of a packed weight, in the order of `Form` in kernels.h.
+_FORMS = (torch.float32, torch.bfloat16, torch.int8)
+
+
 class PackedLinear:
     """x W^T + b over a weight repacked for the CPU. Invariant: `panels` and `bias` never move, their addresses are kept."""
 
-    __slots__ = ("_bias_at", "_is_bf16", "_panels_at", "_run", "bias", "in_features", "out_features", "panels")
+    __slots__ = ("_bias_at", "_form", "_panels_at", "_run", "bias", "in_features", "out_features", "panels")
 
-    def __init__(self, run: Callable[..., None], weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, run: Callable[..., None], weight: Tensor | Int8Weight, bias: Tensor | None) -> None:
         self._run = run
-        self.panels = pack(weight)
+        self.panels = pack_int8(weight) if isinstance(weight, Int8Weight) else pack(weight)
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else bias.detach().to(_fp32).contiguous()
         if self.bias is not None:
             _check("bias", self.bias, _fp32, (self.out_features,))
-        self._is_bf16 = int(self.panels.dtype is torch.bfloat16)
+        self._form = _FORMS.index(self.panels.dtype)
         self._panels_at = self.panels.data_ptr()
         self._bias_at = None if self.bias is None else self.bias.data_ptr()
 
@@ -128,16 +146,94 @@ class PackedLinear:
             _check("x", x, _fp32, (*rows, self.in_features))
         y = torch.empty((*rows, self.out_features), dtype=_fp32)
         n = self.out_features
-        self._run(self._is_bf16, x.data_ptr(), self._panels_at, self._bias_at, y.data_ptr(), y.numel() // n, n, k)
+        self._run(self._form, x.data_ptr(), self._panels_at, self._bias_at, y.data_ptr(), y.numel() // n, n, k)
         return y
 
+    def words(self, x: int, y: int) -> tuple[int, ...]:
+        """As an instruction of a layer; addresses of x and y."""
+        return (LINEAR, self._form, x, self._panels_at, self._bias_at or 0, y, self.out_features, self.in_features)
+
     def unpack(self) -> Tensor:
-        """The weight [N, K] in its own dtype, bit for bit."""
+        """The weight [N, K] in its own dtype, bit for bit; one of int8 as the fp32 matrix it stands for."""
+        if self.panels.dtype is torch.int8:
+            return unpack_int8(self.panels, self.out_features).widened()
         return unpack(self.panels, self.out_features)
 
     @property
     def nbytes(self) -> int:
         return self.panels.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+class LoraRun:
+    """`NativeKernels.lora` with all but x and y given. Invariant: the pools, index and slot live as long as this does."""
+
+    __slots__ = ("_at", "_call", "_held", "is_bf16", "rank", "slots", "tokens", "widths")
+
+    def __init__(self, call: Callable[..., int], a: Tensor, b: Tensor, index: Tensor, slot: Tensor) -> None:
+        self.slots, self.rank, out = b.shape
+        self.widths, self.tokens = (a.shape[-1], out), index.numel()
+        self.is_bf16 = a.dtype is torch.bfloat16
+        _check("a", a, torch.bfloat16 if self.is_bf16 else _fp32, (self.slots, self.rank, self.widths[0]))
+        _check("b", b, a.dtype, (self.slots, self.rank, out))
+        _check("index", index, torch.int64, (self.tokens,))
+        _check("slot", slot, torch.int64, (self.tokens,))
+        self._call, self._held = call, (a, b, index, slot)
+        self._at = tuple(tensor.data_ptr() for tensor in self._held)
+
+    def __call__(self, x: Tensor, y: Tensor) -> None:
+        """x [T, in], y [T, out]: adds the rows' products to y."""
+        x = x if x.is_contiguous() else x.contiguous()
+        tokens, (width, out) = len(x), self.widths
+        fits = x.dtype is y.dtype is _fp32 and x.numel() == tokens * width and y.numel() == tokens * out
+        if not (fits and y.is_contiguous()):
+            _check("x", x, _fp32, (tokens, width))
+            _check("y", y, _fp32, (tokens, out))
+        broken = self._call(
+            self.is_bf16, x.data_ptr(), y.data_ptr(), *self._at, self.tokens, tokens, self.slots, width, out, self.rank
+        )
+        if broken:
+            raise ValueError(_LORA_RULES[broken])
+
+    @property
+    def space(self) -> int:
+        """Floats of space that an instruction needs."""
+        return self.tokens * self.rank + 1
+
+    def words(self, x: int, y: int, low: int) -> tuple[int, ...]:
+        """As an instruction of a layer; addresses of x, y and of its space."""
+        width, out = self.widths
+        return (LORA, int(self.is_bf16), x, y, *self._at, self.tokens, self.slots, width, out, self.rank, low)
+
+
+class BottleneckRun:
+    """`NativeKernels.bottleneck` with all but x and y given. Invariant: what it was given lives as long as this does."""
+
+    __slots__ = ("_activation", "_at", "_call", "_held", "_own", "_sizes")
+
+    def __init__(
+        self, call: Callable[..., int], activation: str, weights: Sequence[Tensor], index: Tensor, slot: Tensor, own: bool
+    ) -> None:
+        slots, rank, width = weights[0].shape
+        shapes = ((slots, rank, width), (slots, rank), (slots, rank, width), (slots, width))
+        for name, tensor, shape in zip(("down", "down_bias", "up", "up_bias"), weights, shapes, strict=True):
+            _check(name, tensor, _fp32, shape)
+        _check("index", index, torch.int64, (index.numel(),))
+        _check("slot", slot, torch.int64, (index.numel(),))
+        self._activation, self._own = ACTIVATIONS.index(activation), own
+        self._call, self._held = call, (*weights, index, slot)
+        self._at = tuple(tensor.data_ptr() for tensor in self._held)
+        self._sizes = (index.numel(), slots, width, rank)
+
+    def __call__(self, x: Tensor, y: Tensor) -> None:
+        """x, y [T, H]: adds the rows' branches, of y itself where the run was made for that."""
+        given = y if self._own else x
+        n, slots, width, rank = self._sizes
+        tokens = len(y)
+        _check("x", given, _fp32, (tokens, width))
+        _check("y", y, _fp32, (tokens, width))
+        broken = self._call(self._activation, given.data_ptr(), y.data_ptr(), *self._at, n, tokens, slots, width, rank)
+        if broken:
+            raise ValueError(_LORA_RULES[broken])
 
 
 class NativeKernels:
@@ -149,6 +245,7 @@ class NativeKernels:
         calls = {name: _bind(released, name, args) for name, args in _LONG_CALLS.items()}
         calls |= {name: _bind(held, name, args) for name, args in _SHORT_CALLS.items()}
         self._linear, self._lora, self._attention = calls["linear"], calls["lora"], calls["attention"]
+        self._layer, self._bottleneck = calls["layer"], calls["bottleneck"]
         self._attend, self._write_kv, self._rotary = calls["attend"], calls["write_kv"], calls["rotary"]
         self._rms_norm, self._layer_norm = calls["rms_norm"], calls["layer_norm"]
         self._silu_mul, self._gelu_tanh_mul = calls["silu_mul"], calls["gelu_tanh_mul"]
@@ -159,8 +256,8 @@ class NativeKernels:
         """Threads of every kernel from now on; keep it equal to torch's own number, the thread pool is shared."""
         self._set_threads(count)
 
-    def packed_linear(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
-        """A copy of weight [N, K] (fp32 or bf16, kept in its dtype) packed for this library."""
+    def packed_linear(self, weight: Tensor | Int8Weight, bias: Tensor | None = None) -> PackedLinear:
+        """A copy of weight [N, K] (fp32, bf16 or int8, kept as it is) packed for this library."""
         return PackedLinear(self._linear, weight, bias)
 
     def lora(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, index: Tensor, slot: Tensor) -> None:
@@ -171,32 +268,23 @@ class NativeKernels:
         """
         self.lora_over(a, b, index, slot)(x, y)
 
-    def lora_over(self, a: Tensor, b: Tensor, index: Tensor, slot: Tensor) -> Callable[[Tensor, Tensor], None]:
+    def lora_over(self, a: Tensor, b: Tensor, index: Tensor, slot: Tensor) -> LoraRun:
         """`lora` with all but x and y given: what a step calls again and again is checked once."""
-        slots, rank, out = b.shape
-        width, n = a.shape[-1], index.numel()
-        _check("a", a, torch.bfloat16 if a.dtype is torch.bfloat16 else _fp32, (slots, rank, width))
-        _check("b", b, a.dtype, (slots, rank, out))
-        _check("index", index, torch.int64, (n,))
-        _check("slot", slot, torch.int64, (n,))
-        call, is_bf16 = self._lora, a.dtype is torch.bfloat16
-        a_at, b_at, index_at, slot_at = (tensor.data_ptr() for tensor in (a, b, index, slot))
+        return LoraRun(self._lora, a, b, index, slot)
 
-        def run(x: Tensor, y: Tensor, held: tuple[Tensor, ...] = (a, b, index, slot)) -> None:
-            x = x if x.is_contiguous() else x.contiguous()
-            tokens = len(x)
-            if x.dtype is not _fp32 or y.dtype is not _fp32 or x.numel() != tokens * width or y.numel() != tokens * out:
-                _check("x", x, _fp32, (tokens, width))
-                _check("y", y, _fp32, (tokens, out))
-            if not y.is_contiguous():
-                _check("y", y, _fp32, (tokens, out))
-            broken = call(
-                is_bf16, x.data_ptr(), y.data_ptr(), a_at, b_at, index_at, slot_at, n, tokens, slots, width, out, rank
-            )
-            if broken:
-                raise ValueError(_LORA_RULES[broken])
+    def bottleneck(self, x: Tensor, y: Tensor, activation: str, weights: Sequence[Tensor], index: Tensor, slot: Tensor) -> None:
+        """y[i] += act(x[i] @ down[s].T + down_bias[s]) @ up[s] + up_bias[s] for i of index and s its slot, in place.
 
-        return run
+        x, y [T, H], maybe the same; weights: down [S, b, H], down_bias [S, b], up [S, b, H] (transposed), up_bias [S, H];
+        `activation` one of ACTIVATIONS; index (without duplicates) and slot [n] int64.
+        """
+        self.bottleneck_over(activation, weights, index, slot)(x, y)
+
+    def bottleneck_over(
+        self, activation: str, weights: Sequence[Tensor], index: Tensor, slot: Tensor, *, own: bool = False
+    ) -> BottleneckRun:
+        """`bottleneck` with all but x and y given; `own`: x is y, whatever x is given."""
+        return BottleneckRun(self._bottleneck, activation, weights, index, slot, own)
 
     def attention(
         self,
@@ -295,6 +383,18 @@ class NativeKernels:
         if broken:
             raise ValueError(_ATTENTION_RULES[broken])
         return out
+
+    def layer(self, program: Tensor, frame: Tensor) -> None:
+        """Run a decoder layer's instructions: program [count, 16], frame [11], int64 words as `layer.cpp` reads them.
+
+        Addresses in them are not checked; index ranges are. Raises: ValueError naming the rule that an index breaks.
+        """
+        _check("program", program, torch.int64, (len(program), INSTRUCTION_WORDS))
+        _check("frame", frame, torch.int64, (FRAME_WORDS,))
+        broken = self._layer(program.data_ptr(), len(program), frame.data_ptr())
+        if broken:
+            rules = _LAYER_RULES.get(broken // 1000)
+            raise ValueError(rules[broken % 1000] if rules else "a layer's program has an unknown instruction")
 
     def write_kv(self, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, write: Tensor) -> None:
         """k, v [1, Hkv, T, D] (any strides, D dense) -> rows write[t] of the caches [blocks, block_size, Hkv, D]."""

@@ -1,11 +1,13 @@
-// y = x W^T + b over a weight packed in panels of 32 columns, stored as fp32 or bf16, multiplied in fp32.
+// y = x W^T + b over a weight packed in panels of 32 columns, stored as fp32, bf16 or int8, multiplied in fp32.
 // Owns the blocking and the packed layout's arithmetic; the layout itself is made in Python (`library.py`).
 //
 //   weight [N, K]  ->  panels [ceil(N / 32)][K][32], zero padded; a panel is read front to back, once per block of rows
+//   int8: each panel begins with the fp32 scales of its 32 columns, by which the finished sums are multiplied
 //
 // Few rows: bound by reading the panels. Many rows: bound by arithmetic, so a block of rows stays in the second-level
-// cache while the panels pass. bf16 is widened in registers at any number of rows: two integer operations per 32
-// weights cost less than a second copy in memory.
+// cache while the panels pass. bf16 and int8 are widened in registers at any number of rows: that costs less than a
+// second copy in memory.
+#include "kernels.h"
 #include "simd.h"
 
 namespace adapterd {
@@ -33,6 +35,12 @@ void write_tail(const Call &c, index_t row, int rows, index_t column, const floa
         std::memcpy(c.y + (row + r) * c.n + column, buffer + r * PANEL, (c.n - column) * sizeof(float));
 }
 
+void scale(const Call &c, Block block, index_t column, const float *scales) {
+    index_t width = c.n - column < PANEL ? c.n - column : PANEL;
+    for (index_t r = block.from; r < block.to; r++)
+        for (index_t j = 0; j < width; j++) c.y[r * c.n + column + j] *= scales[j];
+}
+
 void add_bias(const Call &c, Block block, index_t column) {
     index_t width = c.n - column < PANEL ? c.n - column : PANEL;
     for (index_t r = block.from; r < block.to; r++)
@@ -52,7 +60,6 @@ void panel_product(const Call &c, Block block, index_t column, W w, Ahead ahead)
         ahead.p = static_cast<const char *>(ahead.p) + ahead.step * c.k;
         if (!whole) write_tail(c, row, height, column, buffer);
     }
-    if (c.bias) add_bias(c, block, column);
 }
 
 // The next panel is fetched evenly over this panel's tiles: the first tile would otherwise wait for memory alone.
@@ -61,33 +68,45 @@ Ahead next_panel(const void *panel, index_t row_bytes, index_t k, Block block) {
     return {static_cast<const char *>(panel) + row_bytes * k, row_bytes / tiles};
 }
 
-void one_panel(const Call &c, Block block, index_t p, bool bf16) {
-    index_t row_bytes = PANEL * (bf16 ? 2 : 4);
-    const void *panel = static_cast<const char *>(c.panels) + p * c.k * row_bytes;
+void one_panel(const Call &c, Block block, index_t p, int form) {
+    index_t row_bytes = PANEL * (form == INT8 ? 1 : form == BF16 ? 2 : 4);
+    index_t header = form == INT8 ? PANEL * sizeof(float) : 0, column = p * PANEL;
+    const char *scales = static_cast<const char *>(c.panels) + p * (header + c.k * row_bytes), *panel = scales + header;
     Ahead ahead = next_panel(panel, row_bytes, c.k, block);
-    if (bf16)
-        panel_product(c, block, p * PANEL, PairedPanel{static_cast<const std::uint32_t *>(panel)}, ahead);
+    if (form == INT8)
+        panel_product(c, block, column, Rows<std::int8_t>{reinterpret_cast<const std::int8_t *>(panel), PANEL}, ahead);
+    else if (form == BF16)
+        panel_product(c, block, column, PairedPanel{reinterpret_cast<const std::uint32_t *>(panel)}, ahead);
     else
-        panel_product(c, block, p * PANEL, Rows<float>{static_cast<const float *>(panel), PANEL}, ahead);
+        panel_product(c, block, column, Rows<float>{reinterpret_cast<const float *>(panel), PANEL}, ahead);
+    if (form == INT8) scale(c, block, column, reinterpret_cast<const float *>(scales));
+    if (c.bias) add_bias(c, block, column);
 }
 
 }  // namespace
-}  // namespace adapterd
 
-ADAPTERD_EXPORT void adapterd_set_threads(int count) { adapterd::threads = count < 1 ? 1 : count; }
-
-// x [m, k], panels as above (bf16 != 0: paired bf16), bias [n] or null, y [m, n].
-ADAPTERD_EXPORT void adapterd_linear(int bf16, const float *x, const void *panels, const float *bias, float *y,
-                                     std::int64_t m, std::int64_t n, std::int64_t k) {
-    using namespace adapterd;
+void team_linear(int form, const float *x, const void *panels, const float *bias, float *y, index_t m, index_t n,
+                 index_t k) {
     Call call{x, panels, bias, y, m, n, k};
     index_t fitting = BLOCK_BYTES / (4 * (k > 0 ? k : 1)) / MAX_ROWS * MAX_ROWS;
     index_t height = fitting > 4 * MAX_ROWS ? fitting : 4 * MAX_ROWS;
     index_t blocks = (m + height - 1) / height, count = (n + PANEL - 1) / PANEL;
-#pragma omp parallel for schedule(static) num_threads(threads) if (m * n * k > PARALLEL_WORK)
+#pragma omp for schedule(static)
     for (index_t task = 0; task < blocks * count; task++) {
         index_t b = task / count;
         Block block{m * b / blocks, m * (b + 1) / blocks};
-        one_panel(call, block, task % count, bf16 != 0);
+        one_panel(call, block, task % count, form);
     }
+}
+
+}  // namespace adapterd
+
+ADAPTERD_EXPORT void adapterd_set_threads(int count) { adapterd::threads = count < 1 ? 1 : count; }
+
+// x [m, k], panels as above (form: 0 fp32, 1 paired bf16, 2 int8), bias [n] or null, y [m, n].
+ADAPTERD_EXPORT void adapterd_linear(int form, const float *x, const void *panels, const float *bias, float *y,
+                                     std::int64_t m, std::int64_t n, std::int64_t k) {
+    using namespace adapterd;
+#pragma omp parallel num_threads(threads) if (m * n * k > PARALLEL_WORK)
+    team_linear(form, x, panels, bias, y, m, n, k);
 }

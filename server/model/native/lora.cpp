@@ -7,6 +7,7 @@
 // four rows; a decode step over distinct adapters is bound by reading A and B.
 #include <vector>
 
+#include "kernels.h"
 #include "simd.h"
 
 namespace adapterd {
@@ -16,10 +17,18 @@ constexpr int GROUP = 4;                   // rows of one slot taken together
 constexpr int WIDE = LANES == 16 ? 4 : 2;  // ranks, or vectors of columns, computed together with GROUP rows
 constexpr index_t STRIP = 8 * PANEL;       // output columns of one task
 
+}  // namespace
+
 struct Group {  // `count` rows of one slot, starting at row `from` of index and slot
     index_t from, slot;
     int count;
 };
+
+struct LoraGroups {
+    std::vector<Group> groups;
+};
+
+namespace {
 
 template <typename T>
 struct Call {
@@ -29,6 +38,7 @@ struct Call {
     const std::int64_t *index;
     index_t in, out, rank;
     float *low;  // [n, rank] A x
+    const Bend *between;  // null: nothing happens to it
 };
 
 std::vector<Group> groups_of(const std::int64_t *slot, index_t n) {
@@ -83,7 +93,10 @@ ADAPTERD_INLINE index_t up_tiles(const Call<T> &c, Group g, const float *low, co
     constexpr index_t width = V * LANES;
     float delta[R * width];
     for (; o + width <= to; o += width) {
-        tile<R, V>(low, c.rank, Rows<T>{b + o, c.out}, c.rank, delta, width, false, Ahead{delta, 0});
+        if (c.between)
+            for (int r = 0; r < R; r++)
+                std::memcpy(delta + r * width, c.between->out_bias + g.slot * c.out + o, width * sizeof(float));
+        tile<R, V>(low, c.rank, Rows<T>{b + o, c.out}, c.rank, delta, width, c.between != nullptr, Ahead{delta, 0});
         for (int r = 0; r < R; r++) {
             float *y = c.y + c.index[g.from + r] * c.out + o;
             for (int v = 0; v < width; v += LANES) store(y + v, load(y + v) + load(delta + r * width + v));
@@ -100,7 +113,7 @@ void up(const Call<T> &c, Group g, index_t from, index_t to) {
     o = up_tiles<R, 1>(c, g, low, b, o, to);
     for (; o < to; o++)
         for (int r = 0; r < R; r++) {
-            float total = 0;
+            float total = c.between ? c.between->out_bias[g.slot * c.out + o] : 0;
             for (index_t j = 0; j < c.rank; j++) total = fma(low[r * c.rank + j], scalar(b + j * c.out + o), total);
             c.y[c.index[g.from + r] * c.out + o] += total;
         }
@@ -127,45 +140,53 @@ void up(const Call<T> &c, Group g, index_t from, index_t to) {
 }
 
 template <typename T>
-void run(Call<T> c, const std::vector<Group> &groups, index_t n) {
-    static thread_local Scratch scratch;
-    c.low = scratch.floats(n * c.rank + 1);
+void first(const Call<T> &c, Group g) {
+    down(c, g);
+    if (c.between) bend(*c.between, c.low + g.from * c.rank, g.count, c.rank, g.slot);
+}
+
+template <typename T>
+void run(const Call<T> &c, const std::vector<Group> &groups) {
     index_t count = static_cast<index_t>(groups.size()), strips = (c.out + STRIP - 1) / STRIP;
-    bool parallel = n * c.rank * (c.in + c.out) > PARALLEL_WORK;
     if (count >= 2 * threads) {  // decode: whole groups per thread, so that no thread waits for the others half-way
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (parallel)
+#pragma omp for schedule(dynamic)
         for (index_t g = 0; g < count; g++) {
-            down(c, groups[g]);
+            first(c, groups[g]);
             for (index_t from = 0; from < c.out; from += STRIP)
                 up(c, groups[g], from, from + STRIP < c.out ? from + STRIP : c.out);
         }
         return;
     }
-#pragma omp parallel num_threads(threads) if (parallel)
-    {
 #pragma omp for schedule(static)
-        for (index_t g = 0; g < count; g++) down(c, groups[g]);
+    for (index_t g = 0; g < count; g++) first(c, groups[g]);
 #pragma omp for schedule(static)
-        for (index_t t = 0; t < count * strips; t++) {
-            index_t from = t % strips * STRIP, to = from + STRIP < c.out ? from + STRIP : c.out;
-            up(c, groups[t / strips], from, to);
-        }
+    for (index_t t = 0; t < count * strips; t++) {
+        index_t from = t % strips * STRIP, to = from + STRIP < c.out ? from + STRIP : c.out;
+        up(c, groups[t / strips], from, to);
     }
 }
 
 template <typename T>
 Call<T> pools(const float *x, float *y, const void *a, const void *b, const std::int64_t *index, index_t in,
-              index_t out, index_t rank) {
-    return {x, y, static_cast<const T *>(a), static_cast<const T *>(b), index, in, out, rank, nullptr};
-}
-
-bool in_range(const std::int64_t *values, index_t n, index_t limit) {
-    for (index_t i = 0; i < n; i++)
-        if (values[i] < 0 || values[i] >= limit) return false;
-    return true;
+              index_t out, index_t rank, float *low, const Bend *between) {
+    return {x, y, static_cast<const T *>(a), static_cast<const T *>(b), index, in, out, rank, low, between};
 }
 
 }  // namespace
+
+std::shared_ptr<LoraGroups> lora_groups(const std::int64_t *slot, index_t n) {
+    return std::make_shared<LoraGroups>(LoraGroups{groups_of(slot, n)});
+}
+
+void team_lora(bool bf16, const float *x, float *y, const void *a, const void *b, const std::int64_t *index,
+               const LoraGroups &groups, index_t n, index_t in, index_t out, index_t rank, float *low,
+               const Bend *between) {
+    if (bf16)
+        run(pools<std::uint16_t>(x, y, a, b, index, in, out, rank, low, between), groups.groups);
+    else
+        run(pools<float>(x, y, a, b, index, in, out, rank, low, between), groups.groups);
+}
+
 }  // namespace adapterd
 
 // x [tokens, in], y [tokens, out], pools as above (bf16 != 0: bf16 bits), index and slot [n]; index has no duplicates.
@@ -175,12 +196,12 @@ ADAPTERD_EXPORT int adapterd_lora(int bf16, const float *x, float *y, const void
                                   std::int64_t tokens, std::int64_t slots, std::int64_t in, std::int64_t out,
                                   std::int64_t rank) {
     using namespace adapterd;
-    if (!in_range(index, n, tokens)) return 1;
-    if (!in_range(slot, n, slots)) return 2;
-    std::vector<Group> groups = groups_of(slot, n);
-    if (bf16)
-        run(pools<std::uint16_t>(x, y, a, b, index, in, out, rank), groups, n);
-    else
-        run(pools<float>(x, y, a, b, index, in, out, rank), groups, n);
+    if (!all_within(index, n, tokens)) return 1;
+    if (!all_within(slot, n, slots)) return 2;
+    static thread_local Scratch scratch;
+    float *low = scratch.floats(n * rank + 1);
+    LoraGroups groups{groups_of(slot, n)};
+#pragma omp parallel num_threads(threads) if (n * rank * (in + out) > PARALLEL_WORK)
+    team_lora(bf16 != 0, x, y, a, b, index, groups, n, in, out, rank, low);
     return 0;
 }

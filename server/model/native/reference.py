@@ -6,6 +6,8 @@ instead. Same names and arguments as `NativeKernels`, no speed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +25,23 @@ def lora(x: Tensor, y: Tensor, a: Tensor, b: Tensor, index: Tensor, slot: Tensor
     """
     low = torch.einsum("ni,nri->nr", x[index], a[slot].float())
     y[index] += torch.einsum("nr,nro->no", low, b[slot].float())
+
+
+def bottleneck(
+    x: Tensor,
+    y: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    weights: tuple[Tensor, Tensor, Tensor, Tensor],
+    index: Tensor,
+    slot: Tensor,
+) -> None:
+    """y[i] += act(x[i] @ down[s].T + down_bias[s]) @ up[s] + up_bias[s] for i of index and s its slot, in place.
+
+    x, y [T, H]; weights: down [S, b, H], down_bias [S, b], up [S, b, H] (transposed), up_bias [S, H]; index, slot [n] int64.
+    """
+    down, down_bias, up, up_bias = (tensor[slot] for tensor in weights)
+    low = activation(torch.einsum("ni,nbi->nb", x[index], down) + down_bias)
+    y[index] += torch.einsum("nb,nbo->no", low, up) + up_bias
 
 
 def attention(

@@ -13,6 +13,9 @@
 #include <limits>
 #include <new>
 #include <utility>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define ADAPTERD_LANES 16
@@ -48,6 +51,8 @@ typedef float vf __attribute__((vector_size(ADAPTERD_LANES * 4)));
 typedef std::int32_t vi __attribute__((vector_size(ADAPTERD_LANES * 4)));
 typedef std::uint32_t vu __attribute__((vector_size(ADAPTERD_LANES * 4)));
 typedef std::uint16_t vh __attribute__((vector_size(ADAPTERD_LANES * 2)));
+typedef std::int16_t vs __attribute__((vector_size(ADAPTERD_LANES * 2)));
+typedef std::int8_t vb_loose __attribute__((vector_size(ADAPTERD_LANES), aligned(1), may_alias));
 typedef float vf_loose __attribute__((vector_size(ADAPTERD_LANES * 4), aligned(4), may_alias));
 typedef std::uint32_t vu_loose __attribute__((vector_size(ADAPTERD_LANES * 4), aligned(4), may_alias));
 typedef std::uint16_t vh_loose __attribute__((vector_size(ADAPTERD_LANES * 2), aligned(2), may_alias));
@@ -59,6 +64,17 @@ ADAPTERD_INLINE vf splat(float x) { return x - vf{}; }
 // bf16 is the upper half of an fp32, so widening is a shift and exact.
 ADAPTERD_INLINE vf load(const std::uint16_t *p) {
     return (vf)(__builtin_convertvector(*reinterpret_cast<const vh_loose *>(p), vu) << 16);
+}
+// GCC widens bytes to words one at a time, so the instruction is named where there is one.
+ADAPTERD_INLINE vf load(const std::int8_t *p) {
+#if defined(__AVX512F__)
+    vi wide = (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+#elif defined(__AVX2__)
+    vi wide = (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p)));
+#else
+    vi wide = __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const vb_loose *>(p), vs), vi);
+#endif
+    return __builtin_convertvector(wide, vf);
 }
 ADAPTERD_INLINE float scalar(const float *p) { return *p; }
 ADAPTERD_INLINE float scalar(const std::uint16_t *p) {
@@ -182,7 +198,7 @@ ADAPTERD_INLINE void transpose(const float *const *rows, index_t at, float *to, 
 
 // Where a tile's weights come from; `row(k, w)` gives the V vectors of row k.
 template <typename T>
-struct Rows {  // row-major, in natural column order; T is float or bf16 bits
+struct Rows {  // row-major, in natural column order; T is float, bf16 bits or int8
     const T *p;
     index_t stride;
     template <int V>

@@ -1,0 +1,128 @@
+// A decoder layer as one call: a program of kernels that one team of threads runs through, with nothing in between.
+// Owns the instructions' encoding (the words of `library.py`) and the checks that a program needs before it starts.
+// Knows no model: what a layer is made of, and where its tensors lie, was decided when the program was written.
+//
+// A call per kernel costs a trip through Python and the start of a team each; with some five hundred kernels in a step
+// that is more than the kernels of a small step themselves.
+#include <cstring>
+#include <vector>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace adapterd {
+namespace {
+
+constexpr int WORDS = 16;
+
+enum Kind : std::int64_t { NORM, LINEAR, LORA, WRITE, ATTEND, ADD, SILU_MUL, GELU_TANH_MUL, ADD_ROWS, MUL_ROWS };
+
+// What changes from step to step; every pointer as an integer, like the words of an instruction.
+struct Frame {
+    std::int64_t hidden, cos, sin, turned, write, tables, table_width, cu, ctx, rows, tokens;
+};
+
+template <typename T>
+T *at(std::int64_t word) {
+    return reinterpret_cast<T *>(word);
+}
+
+float number(std::int64_t word) {
+    double value;
+    std::memcpy(&value, &word, sizeof value);
+    return static_cast<float>(value);
+}
+
+struct Instruction {
+    const std::int64_t *words;
+    const Frame *frame;
+
+    std::int64_t kind() const { return words[0]; }
+    std::int64_t operator[](int i) const { return words[i + 1]; }
+    // A tensor of the step, 0 being the hidden states that run through all layers.
+    float *rows(int i) const { return at<float>((*this)[i] ? (*this)[i] : frame->hidden); }
+};
+
+NewKeys new_keys(const Instruction &i) {
+    const Frame &f = *i.frame;
+    return {i.rows(0),          i.rows(1),    i.rows(2), at<float>(f.cos), at<float>(f.sin), f.turned, at<float>(i[3]),
+            at<float>(i[4]), at<std::int64_t>(f.write), f.tokens, i[6], i[7], i[8]};
+}
+
+AttentionCall attention_call(const Instruction &i) {
+    const Frame &f = *i.frame;
+    std::int64_t heads = i[6], dim = i[5];
+    return {i.rows(0), heads * dim,   dim,           at<float>(i[1]),          at<float>(i[2]),          i[3],
+            i[4],      i[7],          dim,           at<std::int32_t>(f.tables), f.table_width,          at<std::int32_t>(f.cu),
+            at<std::int32_t>(f.ctx), f.rows, f.tokens, heads, number(i[8]), i[9], number(i[10]), i.rows(11)};
+}
+
+// What must be known before the team starts, one entry per instruction.
+struct Ready {
+    std::shared_ptr<LoraGroups> groups;
+    std::shared_ptr<AttentionPlan> plan;
+};
+
+// The rows an adapter acts on: index, slot, their number and the number of slots, from word `first` on.
+int rows_rule(const Instruction &i, int first) {
+    if (!all_within(at<std::int64_t>(i[first]), i[first + 2], i.frame->tokens)) return 1000 * LORA + 1;
+    if (!all_within(at<std::int64_t>(i[first + 1]), i[first + 2], i[first + 3])) return 1000 * LORA + 2;
+    return 0;
+}
+
+// 0, or 1000 * kind + the number of the rule that is broken.
+int prepare(const Instruction &i, Ready &ready) {
+    if (i.kind() == LORA) {
+        if (int rule = rows_rule(i, 5)) return rule;
+        ready.groups = lora_groups(at<std::int64_t>(i[6]), i[7]);
+    }
+    if (i.kind() == ADD_ROWS || i.kind() == MUL_ROWS) return rows_rule(i, 2);
+    if (i.kind() == WRITE && !all_within(at<std::int64_t>(i.frame->write), i.frame->tokens, i[5])) return 1000 * WRITE + 1;
+    if (i.kind() == ATTEND) {
+        AttentionCall call = attention_call(i);
+        if (int rule = attention_rule(call)) return static_cast<int>(1000 * ATTEND + rule);
+        ready.plan = attention_plan(call);
+    }
+    return 0;
+}
+
+void run(const Instruction &i, const Ready &ready) {
+    index_t tokens = i.frame->tokens;
+    switch (i.kind()) {
+        case NORM: return team_rms_norm(i.rows(0), at<float>(i[2]), i.rows(1), tokens, i[3], number(i[4]));
+        case LINEAR:
+            return team_linear(static_cast<int>(i[0]), i.rows(1), at<void>(i[2]), at<float>(i[3]), i.rows(4), tokens, i[5], i[6]);
+        case LORA:
+            return team_lora(i[0] != 0, i.rows(1), i.rows(2), at<void>(i[3]), at<void>(i[4]), at<std::int64_t>(i[5]),
+                             *ready.groups, i[7], i[9], i[10], i[11], at<float>(i[12]));
+        case WRITE: return team_write(new_keys(i));
+        case ATTEND: return team_attention(attention_call(i), *ready.plan);
+        case ADD: return team_add(i.rows(0), i.rows(1), tokens, i[2]);
+        case SILU_MUL: return team_silu_mul(i.rows(0), i.rows(1), i.rows(2), tokens, i[3]);
+        case ADD_ROWS:
+            return team_add_rows(i.rows(0), at<float>(i[1]), at<std::int64_t>(i[2]), at<std::int64_t>(i[3]), i[4], i[6]);
+        case MUL_ROWS:
+            return team_mul_rows(i.rows(0), at<float>(i[1]), at<std::int64_t>(i[2]), at<std::int64_t>(i[3]), i[4], i[6]);
+        case GELU_TANH_MUL: return team_gelu_tanh_mul(i.rows(0), i.rows(1), i.rows(2), tokens, i[3]);
+    }
+}
+
+}  // namespace
+}  // namespace adapterd
+
+// program [count][16] words, frame [11] words. Returns 0, or 1000 * kind + rule where an index is out of range
+// (nothing has run then), or -1 for an unknown instruction.
+ADAPTERD_EXPORT int adapterd_layer(const std::int64_t *program, std::int64_t count, const std::int64_t *frame_words) {
+    using namespace adapterd;
+    Frame frame;
+    std::memcpy(&frame, frame_words, sizeof frame);
+    std::vector<Ready> ready(count);
+    for (index_t i = 0; i < count; i++) {
+        Instruction instruction{program + i * WORDS, &frame};
+        if (instruction.kind() < NORM || instruction.kind() > MUL_ROWS) return -1;
+        if (int rule = prepare(instruction, ready[i])) return rule;
+    }
+#pragma omp parallel num_threads(threads)
+    for (index_t i = 0; i < count; i++) run(Instruction{program + i * WORDS, &frame}, ready[i]);
+    return 0;
+}

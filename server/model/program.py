@@ -1,0 +1,258 @@
+"""A decoder layer written down as native instructions, so that a step runs it in one call with nothing in between.
+
+Owns the order of a layer's kernels, the space between them and when a program has to be written again. A layer with a hook,
+or with an op that has to be called from Python in this step, gets no program and runs as modules. Knows no model: its parts
+are handed in by `fused_layer.py`, which has tried them.
+
+    norm -> q k v (+ adapters) -> rotary, cache, attention -> o (+) -> h += -> norm -> gate up (+) -> act -> down (+) -> h +=
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from ..methods.base import Rows
+from ..methods.grouped import AddRows, MulRows
+from .attention import LayerAttention, attention_of
+from .fused import GatedMLP, RMSNorm
+from .linear import PackedModule
+from .native import NativeKernels, library
+from .sites import Extension
+from .step import Step
+
+Words = tuple[int, ...]
+Turn = tuple[Tensor, Tensor] | None  # cos and sin [1, T, d]
+
+_HIDDEN = 0  # the address that stands for the hidden states, which run through all layers
+
+
+@runtime_checkable
+class Instructed(Protocol):
+    """A prepared call that can be an instruction of a layer."""
+
+    @property
+    def space(self) -> int:
+        """Floats it needs for itself."""
+
+    def words(self, x: int, y: int, low: int) -> Words:
+        """With the addresses of its input, its output and its space."""
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    heads: int
+    kv_heads: int
+    dim: int
+    scale: float
+    window: int
+    softcap: float
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """The modules of one decoder layer, all of kinds that have an instruction."""
+
+    norm: nn.Module
+    attention: nn.Module
+    q: PackedModule
+    k: PackedModule
+    v: PackedModule
+    o: PackedModule
+    second_norm: nn.Module
+    mlp: nn.Module
+    shape: AttentionShape
+
+    @property
+    def gated(self) -> GatedMLP:
+        return cast("GatedMLP", self.mlp.forward)
+
+    @property
+    def feed_forward(self) -> tuple[PackedModule, PackedModule, PackedModule]:
+        """The gate, up and down projections."""
+        return cast("tuple[PackedModule, PackedModule, PackedModule]", (self.gated.gate, self.gated.up, self.gated.down))
+
+    def modules(self) -> Iterator[nn.Module]:
+        yield from (self.norm, self.attention, self.q, self.k, self.v, self.o, self.second_norm, self.mlp)
+        yield from self.feed_forward
+
+
+def layer_parts(layer: nn.Module, shape: AttentionShape) -> LayerParts | None:
+    """The parts of a layer of the llama shape, None where one of them has no instruction."""
+    attention, mlp = (cast("nn.Module", getattr(layer, name)) for name in ("self_attn", "mlp"))
+    norms = [cast("nn.Module", getattr(layer, name)) for name in ("input_layernorm", "post_attention_layernorm")]
+    gated = mlp.forward
+    if not isinstance(gated, GatedMLP) or not all(isinstance(norm.forward, RMSNorm) for norm in norms):
+        return None
+    linears = [getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    if not all(isinstance(module, PackedModule) for module in (*linears, gated.gate, gated.up, gated.down)):
+        return None
+    if gated.kernel not in (gated.native.silu_mul, gated.native.gelu_tanh_mul):
+        return None
+    q, k, v, o = linears
+    return LayerParts(norms[0], attention, q, k, v, o, norms[1], mlp, shape)
+
+
+class Space:
+    """What lies between a layer's kernels, shared by all layers. Invariant: an address holds until `grown` changes."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+        self.grown = 0
+
+    def of(self, name: str, floats: int) -> int:
+        """The address of at least `floats` floats."""
+        held = self._held.get(name)
+        if held is None or held.numel() < floats:
+            held = self._held[name] = torch.empty(max(floats, 1))
+            self.grown += 1
+        return held.data_ptr()
+
+
+class Frame:
+    """What all layers of one step have in common, as words; written again when the step's tensors are new."""
+
+    def __init__(self) -> None:
+        self.words = torch.zeros(library.FRAME_WORDS, dtype=torch.int64)
+        self._held: tuple[object, ...] = ()
+
+    def of(self, step: Step, hidden: Tensor, turn: Turn) -> Tensor:
+        held = (hidden, turn, step.write, step.tables, step.starts, step.contexts)
+        if len(held) != len(self._held) or any(a is not b for a, b in zip(held, self._held, strict=True)):
+            self._held = held
+            cos, sin, turned = (turn[0].data_ptr(), turn[1].data_ptr(), turn[0].shape[-1]) if turn else (0, 0, 0)
+            rows, width = step.tables.shape
+            tensors = (step.starts.data_ptr(), step.contexts.data_ptr())
+            words = (hidden.data_ptr(), cos, sin, turned, step.write.data_ptr(), step.tables.data_ptr(), width, *tensors, rows)
+            self.words.copy_(torch.tensor((*words, hidden.shape[1])))
+        return self.words
+
+
+class LayerProgram:
+    """One layer's instructions for the current composition. Invariant: a program is used only with what it was written for."""
+
+    def __init__(self, parts: LayerParts, native: NativeKernels, space: Space, frame: Frame) -> None:
+        self._parts, self._native, self._space, self._frame = parts, native, space, frame
+        self._key: tuple[object, ...] = ()
+        self._rows: dict[str, Rows] | None = None
+        self._program: Tensor | None = None
+
+    def run(self, hidden: Tensor, turn: Turn) -> bool:
+        """Run the layer in place on hidden [1, T, H]; False where it has to be run as modules, hidden being untouched."""
+        layer = attention_of(self._parts.attention)
+        if layer is None or not hidden.is_contiguous() or hidden.dtype is not torch.float32:
+            return False
+        if turn is not None and not (turn[0].is_contiguous() and turn[1].is_contiguous()):
+            return False
+        step, tokens = layer.step, hidden.shape[1]
+        # The dict of rows is a new one for every composition, and hooks come and go between compositions only.
+        key = (tokens, self._space.grown, layer)
+        if self._rows is not step.rows or self._key != key:
+            self._program = self._write(layer, tokens)
+            self._rows, self._key = step.rows, (tokens, self._space.grown, layer)
+        if self._program is None:
+            return False
+        self._native.layer(self._program, self._frame.of(step, hidden, turn))
+        return True
+
+    def _write(self, layer: LayerAttention, tokens: int) -> Tensor | None:
+        if any(module._forward_hooks or module._forward_pre_hooks for module in self._parts.modules()):
+            return None
+        instructions, grown = None, -1
+        while grown != self._space.grown:  # space that grew half-way has moved: addresses written before are stale
+            grown = self._space.grown
+            instructions = _instructions(self._parts, layer, tokens, self._space)
+        if instructions is None:
+            return None
+        program = torch.zeros(len(instructions), library.INSTRUCTION_WORDS, dtype=torch.int64)
+        for row, words in zip(program, instructions, strict=True):
+            row[: len(words)] = torch.tensor(words)
+        return program
+
+
+def _instructions(parts: LayerParts, layer: LayerAttention, tokens: int, space: Space) -> list[Words] | None:
+    at, (gate_proj, up_proj, down_proj) = parts.shape, parts.feed_forward
+    wide = {name: space.of(name, tokens * m.out_features) for name, m in (("q", parts.q), ("k", parts.k), ("v", parts.v))}
+    normed = space.of("normed", tokens * parts.q.in_features)
+    mixed, out = space.of("mixed", tokens * parts.o.in_features), space.of("out", tokens * parts.o.out_features)
+    gate, up = (space.of(name, tokens * gate_proj.out_features) for name in ("gate", "up"))
+    blocks, size = layer.keys.shape[:2]
+    caches = (layer.keys.data_ptr(), layer.values.data_ptr())
+    found: list[Sequence[Words] | None] = [
+        _normed(parts.norm, normed, space),
+        *(_adapted(module, normed, wide[name], space) for name, module in (("q", parts.q), ("k", parts.k), ("v", parts.v))),
+        [
+            (library.WRITE, wide["q"], wide["k"], wide["v"], *caches, blocks * size, at.heads, at.kv_heads, at.dim),
+            (
+                library.ATTEND, wide["q"], *caches, blocks, size, at.dim, at.heads, at.kv_heads,
+                _number(at.scale), at.window, _number(at.softcap), mixed,
+            ),
+        ],
+        _adapted(parts.o, mixed, out, space, own_input=True),
+        [(library.ADD, out, _HIDDEN, parts.o.out_features)],
+        _normed(parts.second_norm, normed, space),
+        _adapted(gate_proj, normed, gate, space),
+        _adapted(up_proj, normed, up, space),
+        [(_activation(parts.gated), gate, up, gate, gate_proj.out_features)],
+        _adapted(down_proj, gate, out, space, own_input=True),
+        [(library.ADD, out, _HIDDEN, down_proj.out_features)],
+    ]  # fmt: skip
+    return None if None in found else [words for some in found if some is not None for words in some]
+
+
+def _normed(module: nn.Module, out: int, space: Space) -> list[Words] | None:
+    """A norm of the hidden states, and what this step's adapters do to it."""
+    norm, extension = cast("RMSNorm", module.forward), cast("Extension | None", module.extension)
+    words = (library.NORM, _HIDDEN, out, norm.scale.data_ptr(), norm.scale.numel(), _number(norm.eps))
+    if extension is None:
+        return [words]
+    before, after = extension.runs_before(), extension.runs()
+    if before is None or before or after is None:
+        return None
+    found = [_words(run, _HIDDEN, out, space) for run in after]
+    return None if None in found else [words, *(w for w in found if w is not None)]
+
+
+def _activation(gated: GatedMLP) -> int:
+    return library.SILU_MUL if gated.kernel == gated.native.silu_mul else library.GELU_TANH_MUL
+
+
+def _adapted(module: PackedModule, x: int, y: int, space: Space, *, own_input: bool = False) -> list[Words] | None:
+    """A projection, and what this step's adapters do to it; None where that has to be called.
+
+    An adapter that acts on the input needs one that no other module reads.
+    """
+    extension = module.extension
+    if extension is None:
+        return [module.packed.words(x, y)]
+    before, after = extension.runs_before(), extension.runs()
+    if before is None or after is None or (before and not own_input):
+        return None
+    acts = [*((run, x, x) for run in before), *((run, x, y) for run in after)]
+    found = [_words(run, given, changed, space) for run, given, changed in acts]
+    if None in found:
+        return None
+    acted = [words for words in found if words is not None]
+    return [*acted[: len(before)], module.packed.words(x, y), *acted[len(before) :]]
+
+
+def _words(run: object, x: int, y: int, space: Space) -> Words | None:
+    """A prepared call as an instruction, None where there is none for it."""
+    if isinstance(run, Instructed):
+        return run.words(x, y, space.of("low", run.space))
+    if not isinstance(run, AddRows | MulRows) or run.vectors.dtype is not torch.float32:
+        return None
+    kind = library.ADD_ROWS if isinstance(run, AddRows) else library.MUL_ROWS
+    rows, (slots, width) = run.rows, run.vectors.shape
+    where = (rows.index.data_ptr(), rows.slot.data_ptr(), rows.index.numel(), slots)
+    return (kind, y, run.vectors.data_ptr(), *where, width)
+
+
+def _number(value: float) -> int:
+    """A number as a word: the bits of a double."""
+    return cast("int", struct.unpack("q", struct.pack("d", value))[0])

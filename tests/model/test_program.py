@@ -1,0 +1,201 @@
+"""Layer programs: the same bits as the modules they stand for, and modules again wherever something has to be called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from adapters_store.digest import Digest
+from server.methods.base import Adapter, Part
+from server.model import program as module
+from server.model.kernels import Kernels, choose_kernels
+from server.model.native import NativeKernels, NativeUnavailable, library, open_library
+from server.settings import default_home
+from tests.lab import Lab
+from tests.tiny import tiny_model
+
+LAYERS = 2
+LAYER = "model.layers.1"
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    torch.set_num_threads(1)
+    chosen = choose_kernels(torch.device("cpu"), torch.float32, True, default_home(), lambda line: None)
+    if chosen.name != "native":
+        pytest.skip(chosen.name)
+    return chosen
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each layer of each step ran as a program."""
+    found: list[bool] = []
+    run = module.LayerProgram.run
+
+    def noted(self: module.LayerProgram, *args: object) -> bool:
+        done = run(self, *args)  # type: ignore[arg-type]
+        layer = module.attention_of(self._parts.attention)
+        if layer is not None and layer.keys.shape[1] > 1:  # neither a dry run nor the trial
+            found.append(done)
+        return done
+
+    monkeypatch.setattr(module.LayerProgram, "run", noted)
+    return found
+
+
+def lora(name: str, rank: int, sites: Sequence[str], bf16: bool = False) -> Adapter:
+    generator = torch.Generator().manual_seed(len(name) + rank)
+    shapes = {"q_proj": (32, 32), "v_proj": (16, 32), "o_proj": (32, 32), "up_proj": (64, 32), "down_proj": (32, 64)}
+    tensors = {}
+    for site in sites:
+        out, into = shapes[site.rsplit(".", 1)[1]]
+        a, b = (torch.randn(*size, generator=generator) * 0.3 for size in ((rank, into), (out, rank)))
+        tensors[site] = {"A": a.bfloat16() if bf16 else a, "B": b.bfloat16() if bf16 else b}
+    return Adapter(Digest.of(name.encode()), (Part("lora", f"lora:8{':bf16' if bf16 else ''}", tensors),))
+
+
+def vectors(method: str, pool: str, sites: Mapping[str, Mapping[str, int]]) -> Adapter:
+    """An adapter of vectors: module -> tensor name -> width."""
+    generator = torch.Generator().manual_seed(len(method))
+    made = {
+        module: {name: 1 + torch.randn(width, generator=generator) * 0.3 for name, width in tensors.items()}
+        for module, tensors in sites.items()
+    }
+    return Adapter(Digest.of(method.encode()), (Part(method, pool, made),))
+
+
+EVERYWHERE = [f"model.layers.{i}.{m}" for i in range(2) for m in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")]
+ADAPTERS = {
+    "wide": lora("wide", 8, EVERYWHERE),
+    "narrow": lora("narrow", 3, ["model.layers.1.mlp.up_proj"], bf16=True),
+    "second": lora("second", 5, ["model.layers.0.self_attn.o_proj"]),
+    "ia3": vectors("ia3", "ia3", {f"{LAYER}.self_attn.v_proj": {"out": 16}, f"{LAYER}.mlp.down_proj": {"in": 64}}),
+    "bitfit": vectors("bitfit", "bitfit", {f"{LAYER}.self_attn.o_proj": {"delta": 32}, "model.norm": {"delta": 32}}),
+    "norm": vectors("ln_tuning", "norm", {f"{LAYER}.post_attention_layernorm": {"scale": 32, "shift": 32}}),
+}
+#: Scales the input that q, k and v share, so a layer with it runs as modules.
+SHARED = vectors("ia3", "ia3", {"model.layers.0.self_attn.q_proj": {"in": 32}})
+
+
+def answers(kernels: Kernels, names: Sequence[str], *, lab: Lab | None = None) -> Mapping[str, Tensor]:
+    lab = lab or Lab(tiny_model("llama"), {a.digest: a for a in ADAPTERS.values()}, kernels=kernels, max_batch_tokens=7)
+    for i, name in enumerate(names):
+        chosen = () if name == "base" else (ADAPTERS[name].digest,)
+        lab.submit(f"{i}{name}", [5 + i, 6, 7, 8, 9, 10], *chosen, max_new_tokens=5)
+        lab.turn()
+    lab.run()
+    return {f"{i}{name}": lab.logits(f"{i}{name}") for i, name in enumerate(names)}
+
+
+def test_a_program_gives_the_bits_of_the_modules(kernels: Kernels, ran: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["base", *ADAPTERS, "wide", "base"]
+    fast = answers(kernels, names)
+    assert ran
+    assert all(ran)
+    monkeypatch.setattr(module.LayerProgram, "run", lambda self, hidden, turn: False)
+    plain = answers(kernels, names)
+    assert all(torch.equal(fast[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_move_no_bit(kernels: Kernels, threads: int) -> None:
+    expected = answers(kernels, ["wide", "base", "narrow"])
+    native = open_library(default_home(), lambda line: None)
+    try:
+        native.set_threads(threads)
+        got = answers(kernels, ["wide", "base", "narrow"])
+    finally:
+        native.set_threads(1)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_a_layer_with_a_hook_runs_as_modules_and_the_others_do_not(kernels: Kernels, ran: list[bool]) -> None:
+    model = tiny_model("llama")
+    lab = Lab(model, {}, kernels=kernels)
+    seen: list[Tensor] = []
+    model.model.layers[1].mlp.register_forward_hook(lambda m, args, y: seen.append(y))
+    answers(kernels, ["base"], lab=lab)
+    assert ran == [True, False] * (len(ran) // LAYERS)
+    assert len(seen) == len(ran) // LAYERS
+
+
+def test_an_op_that_has_to_be_called_makes_its_layer_run_as_modules(kernels: Kernels, ran: list[bool]) -> None:
+    """Its layer falls back for that composition, and comes back with the next."""
+    lab = Lab(tiny_model("llama"), {SHARED.digest: SHARED}, kernels=kernels)
+    lab.submit("shared", [5, 6, 7], SHARED.digest, max_new_tokens=2)
+    lab.run()
+    assert ran == [False, True] * (len(ran) // LAYERS)
+    ran.clear()
+    lab.submit("base", [5, 6, 7], max_new_tokens=2)
+    lab.run()
+    assert all(ran)
+
+
+def test_the_space_grows_with_the_step_and_programs_are_written_again(kernels: Kernels, ran: list[bool]) -> None:
+    small = answers(kernels, ["wide"])["0wide"]
+    lab = Lab(tiny_model("llama"), {a.digest: a for a in ADAPTERS.values()}, kernels=kernels, max_batch_tokens=64)
+    lab.submit("first", [5, 6], max_new_tokens=1)
+    lab.run()
+    lab.submit("long", list(range(5, 65)), max_new_tokens=1)
+    lab.submit("mine", [5, 6, 7, 8, 9, 10], ADAPTERS["wide"].digest, max_new_tokens=5)
+    lab.run()
+    assert all(ran)
+    assert torch.equal(lab.logits("mine"), small)
+
+
+# ---- the native side ----
+
+
+@pytest.fixture(scope="module")
+def native() -> NativeKernels:
+    try:
+        return open_library(default_home(), lambda line: None)
+    except NativeUnavailable as reason:
+        pytest.skip(str(reason))
+
+
+def frame(hidden: Tensor, **words: int) -> Tensor:
+    names = ("hidden", "cos", "sin", "turned", "write", "tables", "width", "cu", "ctx", "rows", "tokens")
+    return torch.tensor([{"hidden": hidden.data_ptr(), "tokens": len(hidden), **words}.get(name, 0) for name in names])
+
+
+def instructions(*given: Sequence[int]) -> Tensor:
+    program = torch.zeros(len(given), library.INSTRUCTION_WORDS, dtype=torch.int64)
+    for row, words in zip(program, given, strict=True):
+        row[: len(words)] = torch.tensor(words)
+    return program
+
+
+def test_instructions_run_in_order(native: NativeKernels) -> None:
+    hidden, other = torch.ones(3, 40), torch.full((3, 40), 2.0)
+    add = (library.ADD, other.data_ptr(), 0, 40)
+    gate = (library.SILU_MUL, 0, 0, other.data_ptr(), 40)
+    native.layer(instructions(add, gate, add), frame(hidden))
+    torch.testing.assert_close(hidden, 3 + torch.nn.functional.silu(torch.full((3, 40), 3.0)) * 3)
+
+
+def test_a_program_that_breaks_a_rule_runs_nothing(native: NativeKernels) -> None:
+    hidden = torch.ones(2, 8)
+    add = (library.ADD, 0, 0, 8)
+    a, b = torch.ones(3, 4, 8), torch.ones(3, 4, 8)
+    for index, slot, message in (([0, 2], [1, 1], "index names a row"), ([0, 1], [1, 3], "slot names a slot")):
+        run = native.lora_over(a, b, torch.tensor(index), torch.tensor(slot))
+        with pytest.raises(ValueError, match=message):
+            native.layer(instructions(add, run.words(0, 0, torch.empty(run.space).data_ptr())), frame(hidden))
+    write = torch.tensor([0, 99])
+    with pytest.raises(ValueError, match="write names a position outside"):
+        native.layer(instructions(add, (library.WRITE, 0, 0, 0, 0, 0, 16, 1, 1, 8)), frame(hidden, write=write.data_ptr()))
+    with pytest.raises(ValueError, match="unknown instruction"):
+        native.layer(instructions(add, (99,)), frame(hidden))
+    assert torch.equal(hidden, torch.ones(2, 8))
+
+
+def test_programs_and_frames_of_another_shape_are_refused(native: NativeKernels) -> None:
+    with pytest.raises(ValueError, match="program must be"):
+        native.layer(torch.zeros(1, 3, dtype=torch.int64), torch.zeros(11, dtype=torch.int64))
+    with pytest.raises(ValueError, match="frame must be"):
+        native.layer(instructions((0,)), torch.zeros(3, dtype=torch.int64))
