@@ -6,7 +6,7 @@ settings -> base -> runner + scheduler -> engine -> client -> app          store
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import ROUND_UP, Decimal
 from pathlib import Path
@@ -25,22 +25,27 @@ from adapters_store.store import Store
 from . import __version__
 from .api.app import create_app
 from .api.readiness import Readiness
+from .checkpoints.folder import Folder
 from .demo import BASE as DEMO_BASE
 from .demo import DEMO, DemoAdapter
 from .engine.client import Mailbox
 from .engine.engine import Engine
+from .engine.footprint import Footprint
 from .engine.pages import Pages
 from .engine.residency import Residency
 from .engine.scheduler import Scheduler, SchedulerLimits
 from .errors import AdapterdError, AdapterError, UnavailableError
 from .memory import Reclaimer
 from .methods import build_methods
-from .methods.base import Adapter, Limits
+from .methods.base import Adapter, Limits, Part
 from .methods.read import describe, read_adapter, read_parts
+from .methods.weigh import check_fits, footprint_of
 from .metrics import Metrics
 from .model.attention import UnsupportedModelError
+from .model.graphs import CudaRecord, GraphLimits
 from .model.kernels import Kernels, choose_kernels
 from .model.loader import Base, load_base
+from .model.pace import tokens_beside_streams
 from .model.pull import Report, quiet, resolve
 from .model.runner import CacheShape, Runner, block_nbytes
 from .model.text import Text
@@ -49,7 +54,7 @@ from .settings import Settings, default_home
 
 log = structlog.get_logger(__name__)
 
-FREE_MEMORY_SHARE = 0.25  # of what is free after the base is loaded, for the KV cache
+FREE_MEMORY_SHARE = 0.25  # of what is free after the base is loaded, for the KV cache; and as much for adapters
 MAX_CONTEXT = 8192
 MIN_BLOCKS = 4  # the null block, one for the copy of a prefix's last block, and two of text
 FETCHED, LOADED = 50.0, 90.0  # percent of a start, by and large
@@ -65,6 +70,7 @@ class Server:
 
     settings: Settings
     base: Base
+    adapter_budget: int  # bytes
     engine: Engine
     store: Store
     app: FastAPI
@@ -82,31 +88,47 @@ def assemble(settings: Settings, report: Report = quiet, readiness: Readiness | 
     torch.set_num_threads(threads)
     directory = resolve(settings.model, default_home(), _counted(report, readiness))
     readiness.loading(FETCHED)
-    kernels = choose_kernels(device, dtype, settings.native, default_home(), lambda line: report(line, 0, 0))
-    base = load_base(directory, device, dtype, kernels.prepare)
+    kernels = choose_kernels(
+        device,
+        dtype,
+        settings.native,
+        default_home(),
+        lambda line: report(line, 0, 0),
+        settings.block_size,
+        int8=settings.quantize == "int8",
+    )
+    base = load_base(directory, device, dtype, kernels.prepare, kernels.int8)
     readiness.loading(LOADED)
     reclaimer = Reclaimer()
     reclaimer.trim()  # the weights as they were before they were packed
     cache = cache_shape(settings, base)
     limits = scheduler_limits(settings, base, cache)
+    budget = adapter_budget(settings, base)
     store = _open_store(settings.store or Path.home() / ".local" / "share" / "adapterd")
     text = Text(tokenizer_of(directory), base.eos)
     base = replace(base, shape=replace(base.shape, tokens=text.encode_piece))
     metrics = Metrics(settings.model, settings.metrics_top_k)
     mailbox = Mailbox()
-    runner = Runner(base, cache, build_methods(kernels.lora, kernels.linear), kernels.attention, kernels.write)
-    written = runner.warm_up(min(limits.max_batch_tokens, limits.max_total_tokens))
+    runner = _runner(settings, base, cache, limits, kernels)
+    full = min(limits.max_batch_tokens, limits.max_total_tokens)
+    written = runner.warm_up(full)
+    limits = replace(limits, max_prefill_tokens=settings.max_prefill_tokens or tokens_beside_streams(runner, full))
     # Interpreter, libraries, tokenizer, and the buffers of a full step.
     runtime_bytes = max(0, psutil.Process().memory_info().rss - base.nbytes - written)
     engine = Engine(
         runner,
         Scheduler(
-            Pages(cache.blocks, cache.block_size), Residency(settings.adapter_slots), limits, base.shape.digest, base.eos
+            Pages(cache.blocks, cache.block_size),
+            Residency(settings.adapter_slots, budget),
+            limits,
+            base.shape.digest,
+            base.eos,
         ),
         _loader(store, base, settings, reclaimer),
         metrics,
         mailbox.publish,
         settings.host_cache_mb << 20,
+        lambda adapter: weighed(adapter.parts, base, budget),
     )
     app = create_app(
         engine=engine,
@@ -114,16 +136,36 @@ def assemble(settings: Settings, report: Report = quiet, readiness: Readiness | 
         store=store,
         metrics=metrics,
         settings=settings,
-        validate=_validator(base, settings, reclaimer),
+        validate=_validator(base, settings, budget, reclaimer),
         model_name=settings.model,
         mailbox=mailbox,
         max_total_tokens=limits.max_total_tokens,
-        info={**_info(settings, base, cache, limits, kernels, threads), "runtime_bytes": runtime_bytes},
+        info={
+            **_info(settings, base, cache, limits, kernels, threads),
+            "adapter_memory_bytes": budget,
+            "runtime_bytes": runtime_bytes,
+        },
         readiness=readiness,
         lifespan=lifespan(engine, readiness, store),
     )
-    log.info("base model ready", model=settings.model, digest=base.shape.digest.short, kernels=kernels.name)
-    return Server(settings, base, engine, store, app, readiness)
+    known = {"digest": base.shape.digest.short, "kernels": kernels.name, "quantize": settings.quantize}
+    log.info("base model ready", model=settings.model, **known)
+    return Server(settings, base, budget, engine, store, app, readiness)
+
+
+def _runner(settings: Settings, base: Base, cache: CacheShape, limits: SchedulerLimits, kernels: Kernels) -> Runner:
+    """With CUDA graphs where they are asked for and possible: their spare rows write to a block that nobody is given."""
+    methods = build_methods(kernels.lora, kernels.linear, kernels.bottleneck)
+    if not _graphs(settings, kernels):
+        return Runner(base, cache, methods, kernels.attention, kernels.write)
+    runner = Runner(base, replace(cache, blocks=cache.blocks + 1), methods, kernels.attention, kernels.write)
+    width = -(-limits.max_total_tokens // cache.block_size) + 1
+    runner.use_graphs(CudaRecord(), GraphLimits(limits.max_running, width, cache.block_size, spare_block=cache.blocks))
+    return runner
+
+
+def _graphs(settings: Settings, kernels: Kernels) -> bool:
+    return settings.cuda_graphs and kernels.graphable
 
 
 def _counted(report: Report, readiness: Readiness) -> Report:
@@ -152,18 +194,27 @@ def seed_demo(server: Server) -> None:
 def _seed(server: Server, demo: DemoAdapter, tenant: str) -> None:
     store = server.store
     with store.stage() as staged:
-        for path in sorted(demo.directory.iterdir()):
-            with staged.file(path.name) as file:
+        for name, path in Folder.of(demo.directory).files.items():
+            with staged.file(name) as file:
                 file.write(path.read_bytes())
-        details = check_files(staged.paths, server.base, server.settings)
-        store.publish(staged, tenant=tenant, name=demo.name, method=demo.method, parts=(demo.method,), details=details)
+        details = check_files(staged.paths, server.base, server.settings, server.adapter_budget)
+        store.publish(staged, tenant=tenant, name=demo.name, method=demo.method, parts=demo.parts, details=details)
     if demo.user_id:
         store.bind_user(tenant, demo.user_id, demo.name)
 
 
-def check_files(paths: Mapping[str, Path], base: Base, settings: Settings) -> Mapping[str, JSON]:
+def check_files(paths: Mapping[str, Path], base: Base, settings: Settings, budget: int) -> Mapping[str, JSON]:
     """Validation as `POST /adapters` does it: with the very reader that later loads the adapter."""
-    return describe(read_parts(paths, base.shape, upload_limits(settings)))
+    parts = read_parts(paths, base.shape, upload_limits(settings))
+    weighed(parts, base, budget)
+    return describe(parts)
+
+
+def weighed(parts: Sequence[Part], base: Base, budget: int) -> Footprint:
+    """Raises: AdapterError for an adapter that `budget` bytes of device memory cannot hold."""
+    footprint = footprint_of(parts, base.shape, base.dtype)
+    check_fits(parts, footprint, budget)
+    return footprint
 
 
 def choose_device(settings: Settings) -> tuple[torch.device, torch.dtype]:
@@ -192,6 +243,13 @@ def cache_shape(settings: Settings, base: Base) -> CacheShape:
     return CacheShape(max(MIN_BLOCKS, blocks), settings.block_size)
 
 
+def adapter_budget(settings: Settings, base: Base) -> int:
+    """Bytes of device memory for resident adapters."""
+    if settings.adapter_memory_mb:
+        return int(settings.adapter_memory_mb * (1 << 20))
+    return int(_free_memory(base.device) * FREE_MEMORY_SHARE)
+
+
 def _rounded_up(size: float) -> str:
     """Two digits that are no less than `size`, as a flag takes them."""
     step = Decimal(1).scaleb(Decimal(size).adjusted() - 1)
@@ -206,6 +264,8 @@ def scheduler_limits(settings: Settings, base: Base, cache: CacheShape) -> Sched
         max_running=settings.max_running,
         max_waiting=settings.max_waiting,
         max_total_tokens=min(_context(settings, base), fits),
+        max_prefill_tokens=settings.max_prefill_tokens,
+        speculate=settings.speculate,
     )
 
 
@@ -255,11 +315,11 @@ def _loader(store: Store, base: Base, settings: Settings, reclaimer: Reclaimer) 
 
 
 def _validator(
-    base: Base, settings: Settings, reclaimer: Reclaimer
+    base: Base, settings: Settings, budget: int, reclaimer: Reclaimer
 ) -> Callable[[Mapping[str, Path], Digest], Mapping[str, JSON]]:
     def validate(paths: Mapping[str, Path], digest: Digest) -> Mapping[str, JSON]:
         reclaimer.passed(2 * sum(path.stat().st_size for path in paths.values()))
-        return check_files(paths, base, settings)
+        return check_files(paths, base, settings, budget)
 
     return validate
 
@@ -279,6 +339,8 @@ def _info(
         "max_input_length": limits.max_total_tokens - 1,
         "max_batch_total_tokens": (cache.blocks - 1) * cache.block_size,
         "max_batch_prefill_tokens": limits.max_batch_tokens,
+        "max_prefill_tokens": limits.max_prefill_tokens,
+        "speculate": limits.speculate,
         "max_concurrent_requests": limits.max_running + limits.max_waiting,
         "max_running": limits.max_running,
         "max_waiting_tokens": 0,
@@ -290,6 +352,8 @@ def _info(
         "host_cache_limit_bytes": settings.host_cache_mb << 20,
         "threads": threads,
         "kernels": kernels.name,
+        "quantize": settings.quantize,
+        "cuda_graphs": _graphs(settings, kernels),
         "methods": sorted(build_methods()),
         "base": {
             "hidden_size": base.shape.hidden_size,

@@ -212,6 +212,27 @@ def _bench(json_path: Path | None, families: str, **flags: Any) -> None:
         sys.exit(1)
 
 
+@app.command("bench-int8")
+def bench_int8(
+    model: Annotated[str, typer.Option("--model", envvar="ADAPTERD_MODEL", help="The base model.")] = DEFAULT_MODEL,
+    text: Annotated[Path | None, typer.Option("--text", help="Plain text to score; a bundled one without it.")] = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, max=256, help="Sequences decoded at once.")] = 8,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, max=100, help="Of decoding; figures are medians.")] = 5,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file, as JSON.")] = None,
+) -> None:
+    """What `--quantize int8` costs in accuracy and gives in speed: perplexity and decoding, with it and without."""
+    from .bench.int8 import compare_int8, prose, render_int8
+    from .model.pull import console_report, resolve
+
+    with console_report() as report:
+        directory = resolve(model, default_home(), report)
+    read = prose() if text is None else text.read_text(encoding="utf-8")
+    found = compare_int8(directory, read, rows, rounds, lambda line: console.print(line))
+    Console(width=120).print(render_int8(found))
+    if json_path is not None:
+        json_path.write_text(json.dumps(dataclasses.asdict(found), indent=2))
+
+
 # -- adapters of a running server --------------------------------------------------------------------------------------
 
 

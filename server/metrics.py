@@ -45,6 +45,7 @@ class EngineStats:
     resident: tuple[Digest, ...] = ()
     waiting_for: tuple[Digest, ...] = ()  # adapters that queued requests name
     device_bytes: int = 0  # of the resident adapters' pools
+    device_budget: int = 0  # that those may take
     host_cache_bytes: int = 0  # of parsed adapters kept in host memory
 
 
@@ -140,6 +141,11 @@ class Metrics:
         self._prefix_queries.inc(queried)
         self._prefix_hits.inc(hit)
 
+    def speculated(self, guessed: int, right: int) -> None:
+        """One step verified `guessed` guessed tokens, of which `right` were."""
+        self._guessed_tokens.inc(guessed)
+        self._accepted_tokens.inc(right)
+
     # -- scraping ----------------------------------------------------------------------------------------------------
 
     def mirror(
@@ -181,6 +187,8 @@ class Metrics:
         self._preemptions = self._counter("preemptions", "Requests put back because KV blocks ran out.")
         self._prefix_queries = self._counter("prefix_cache_queries", "Prompt positions looked up in the prefix cache.")
         self._prefix_hits = self._counter("prefix_cache_hits", "Prompt positions found in the prefix cache.")
+        self._guessed_tokens = self._counter("speculated_tokens", "Tokens guessed ahead and verified.")
+        self._accepted_tokens = self._counter("speculated_tokens_accepted", "Of these, how many were right.")
 
     def _declare_adapters(self) -> None:
         self._loads = self._counter("adapter_loads", "Adapter loads onto the device.", "outcome")
@@ -249,6 +257,7 @@ def _own_gauges(stats: EngineStats) -> tuple[tuple[str, str, int], ...]:
         ("adapter_slots_used", "Adapters resident on the device.", stats.slots_used),
         ("adapter_slots_total", "Adapters that fit on the device.", stats.slots_total),
         ("adapter_slots_bytes", "Device bytes of the resident adapters' pools.", stats.device_bytes),
+        ("adapter_slots_bytes_total", "Device bytes that the resident adapters' pools may take.", stats.device_budget),
         ("host_cache_bytes", "Bytes of parsed adapters kept in host memory.", stats.host_cache_bytes),
     )
 

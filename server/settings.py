@@ -32,14 +32,28 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the base lives; auto = cuda if there.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto = bf16 on CUDA, fp32 on CPU.")
     threads: int = Field(0, ge=0, le=1024, description="Compute threads; 0 = every core this process may use.")
+    quantize: Literal["none", "int8"] = Field(
+        "none", description="int8: the base's linear layers rounded to eight bits, one scale per output channel."
+    )
     native: bool = Field(True, description="Use the native CPU kernels where a compiler (or a cached build) is found.")
+    cuda_graphs: bool = Field(False, description="Replay decode steps as CUDA graphs; no GPU has run this yet.")
 
     kv_cache_gb: float | None = Field(None, gt=0, description="KV cache size in GB; unset = a share of free memory.")
     block_size: int = Field(16, ge=1, le=512, description="Token positions per KV block.")
     max_batch_tokens: int = Field(512, ge=1, le=65536, description="Token budget of one step (prefill chunks + decode).")
+    max_prefill_tokens: int = Field(
+        0,
+        ge=0,
+        le=65536,
+        description="Tokens of each prompt per step in which others stream; 0 = what a start finds to keep steps short.",
+    )
+    speculate: int = Field(0, ge=0, le=64, description="Tokens guessed ahead per greedy request by prompt lookup; 0 = none.")
     max_running: int = Field(64, ge=1, le=4096, description="Sequences that may be in the batch at once.")
     max_waiting: int = Field(256, ge=0, le=100_000, description="Requests that may queue; the next gets 429.")
     adapter_slots: int = Field(32, ge=1, le=4096, description="Adapters resident on the device at once.")
+    adapter_memory_mb: float | None = Field(
+        None, gt=0, description="Device memory of resident adapters, in MB; unset = a share of free memory."
+    )
     host_cache_mb: int = Field(512, ge=0, description="Host memory for parsed adapters that are not resident, in MB.")
 
     max_total_tokens: int = Field(

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from adapters_store.digest import Digest
 from server.engine.engine import Engine
+from server.engine.footprint import Footprint
 from server.engine.loading import Loading
 from server.engine.pages import Pages
 from server.engine.plan import Row, Sample
@@ -20,6 +21,7 @@ from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.errors import NotFoundError
 from server.methods import build_methods
 from server.methods.base import Adapter
+from server.methods.weigh import check_fits, footprint_of
 from server.model.kernels import Kernels
 from server.model.loader import Base, make_base
 from server.model.runner import CacheShape, Runner
@@ -52,6 +54,7 @@ class Observer:
         self.adapters_per_step: list[int] = []
         self.families_per_step: list[int] = []
         self.loads = self.evictions = self.preemptions = 0
+        self.guessed = self.right = 0
 
     def observe_step(self, rows: int, tokens: int, adapters: int, families: int, seconds: float) -> None:
         self.rows_per_step.append(rows)
@@ -69,6 +72,10 @@ class Observer:
 
     def prefix_cache(self, queried: int, hit: int) -> None:
         pass
+
+    def speculated(self, guessed: int, right: int) -> None:
+        self.guessed += guessed
+        self.right += right
 
 
 class _AtOnce(Loading):
@@ -89,21 +96,32 @@ class Lab:
         blocks: int = 257,
         block_size: int = 4,
         slots: int = 16,
+        budget: int | None = None,
         max_batch_tokens: int = 24,
         max_running: int = 64,
         max_total_tokens: int = 200,
+        max_prefill_tokens: int = 0,
+        speculate: int = 0,
         kernels: Kernels = TORCH,
     ) -> None:
         self.adapters = dict(adapters)
+        self._native = kernels.linear is not None
         self.observer = Observer()
         self.events: list[Event] = []
         base: Base = make_base(model, BASE, torch.device("cpu"), torch.float32, kernels.prepare)
-        methods = build_methods(kernels.lora, kernels.linear)
+        methods = build_methods(kernels.lora, kernels.linear, kernels.bottleneck)
         self.runner = RecordingRunner(base, CacheShape(blocks, block_size), methods, kernels.attention, kernels.write)
         self.runner.logits = {}
-        limits = SchedulerLimits(max_batch_tokens, max_running, 1000, min(max_total_tokens, (blocks - 2) * block_size))
-        self.scheduler = Scheduler(Pages(blocks, block_size), Residency(slots), limits, BASE, [2])
-        self.engine = Engine(self.runner, self.scheduler, self._load, self.observer, self.events.extend, 0)
+        limits = SchedulerLimits(
+            max_batch_tokens,
+            max_running,
+            1000,
+            min(max_total_tokens, (blocks - 2) * block_size),
+            max_prefill_tokens=max_prefill_tokens,
+            speculate=speculate,
+        )
+        self.scheduler = Scheduler(Pages(blocks, block_size), Residency(slots, budget), limits, BASE, [2])
+        self.engine = Engine(self.runner, self.scheduler, self._load, self.observer, self.events.extend, 0, self._weigh)
         self.engine._loading = _AtOnce(self._load, self.engine._cache, self.engine._on_loaded, recipes=self.engine._recipes)
 
     def submit(self, id: str, prompt: Sequence[int], *adapters: Source, tenant: str = "t", **sampling: object) -> None:
@@ -129,6 +147,7 @@ class Lab:
             self.engine.turn()
             if self.scheduler.idle and not self.engine._inbox:
                 self.scheduler.check_idle()
+                self._check_bytes()
                 return
         raise AssertionError("the engine does not come to an end")
 
@@ -146,6 +165,18 @@ class Lab:
 
     def finished(self, id: str) -> bool:
         return self.ending(id).finish is FinishReason.LENGTH
+
+    def _check_bytes(self) -> None:
+        """What adapters were weighed as is what they take. Not weighed: what native kernels pad tiny matrices with, and
+        vectors of which two adapters of one pool bring different ones."""
+        weighed, held = self.scheduler.residency.nbytes, self.runner.adapter_bytes
+        assert held <= (1.5 if self._native else 1.02) * weighed
+        assert weighed <= held or self._native
+
+    def _weigh(self, adapter: Adapter) -> Footprint:
+        footprint = footprint_of(adapter.parts, self.runner.base.shape, self.runner.base.dtype)
+        check_fits(adapter.parts, footprint, self.scheduler.residency.budget)
+        return footprint
 
     def _load(self, digest: Digest) -> Adapter:
         if digest not in self.adapters:

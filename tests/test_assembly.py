@@ -17,7 +17,7 @@ from server.demo import DemoAdapter
 from server.errors import AdapterError, UnavailableError
 from server.methods import METHODS
 from server.model.attention import UnsupportedModelError
-from server.model.loader import Base, load_base
+from server.model.loader import Base, load_base, rounded
 from server.model.runner import CacheShape, block_nbytes
 from server.settings import Settings
 from tests.e2e.uploads import lora
@@ -187,6 +187,19 @@ def test_the_demo_on_another_base_says_which_it_needs(server: Server) -> None:
     with pytest.raises(AdapterError, match=r"^--demo: its adapters were trained on smollm2-135m-instruct; pirate-lora: "):
         seed_demo(server)
     assert server.store.count() == 0
+
+
+def test_a_quantized_base_says_so_and_is_another_base(tiny_base: Path, tmp_path: Path, base: Base) -> None:
+    settings = Settings(model=str(tiny_base), store=tmp_path / "store", quantize="int8", kv_cache_gb=0.01, threads=1)
+    server = assemble(settings)
+    try:
+        info = server.app.state.services.info
+        assert info["quantize"] == "int8"
+        assert info["base_bytes"] == server.base.nbytes < base.nbytes
+        assert server.base.shape.digest == rounded(base.shape.digest)
+    finally:
+        server.engine.stop()
+        server.store.close()
 
 
 def test_what_info_says_is_json_and_names_every_family(server: Server) -> None:

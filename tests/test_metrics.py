@@ -83,6 +83,7 @@ def test_adapter_life() -> None:
     metrics.evicted()
     metrics.preempted()
     metrics.prefix_cache(queried=10, hit=4)
+    metrics.speculated(guessed=8, right=5)
     metrics.uploaded("created")
     samples = scrape(metrics)
     assert samples["adapterd_adapter_loads_total", ("outcome", "ok")] == 1
@@ -91,6 +92,8 @@ def test_adapter_life() -> None:
     assert samples[("adapterd_preemptions_total",)] == 1
     assert samples[("adapterd_prefix_cache_hits_total",)] == 4
     assert samples[("adapterd_prefix_cache_queries_total",)] == 10
+    assert samples[("adapterd_speculated_tokens_total",)] == 8
+    assert samples[("adapterd_speculated_tokens_accepted_total",)] == 5
     assert samples["adapterd_uploads_total", ("outcome", "created")] == 1
 
 

@@ -82,6 +82,7 @@ def test_an_unknown_field_is_refused() -> None:
         ("max_running", 0, "1"),
         ("max_waiting", -1, "0"),
         ("adapter_slots", 0, "1"),
+        ("adapter_memory_mb", 0, "0"),
         ("host_cache_mb", -1, "0"),
         ("max_total_tokens", -1, "0"),
         ("max_request_mb", 0, "0"),
@@ -100,7 +101,7 @@ def test_a_value_out_of_range_names_its_field_and_limit(field: str, value: objec
     assert limit in message
 
 
-@pytest.mark.parametrize("field", ["kv_cache_gb", "max_request_mb", "max_upload_mb", "request_timeout", "drain_seconds"])
+@pytest.mark.parametrize("field", ["kv_cache_gb", "adapter_memory_mb", "max_request_mb", "max_upload_mb", "request_timeout", "drain_seconds"])
 @pytest.mark.parametrize("value", ["inf", "nan"])
 def test_no_number_may_be_infinite_or_none_at_all(field: str, value: str) -> None:
     assert refusal(**{field: value})[0] == field

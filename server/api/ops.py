@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from anyio import to_thread
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from starlette.responses import JSONResponse, Response
 
 from .. import __version__
+from ..step_times import SIZE
 from .context import Context
 from .schemas import ErrorResponse, Health, Ready
 
@@ -65,3 +68,9 @@ async def metrics(services: Context) -> Response:
     """Prometheus exposition."""
     body, content_type = await to_thread.run_sync(services.metrics.render)
     return Response(body, headers={"content-type": content_type})
+
+
+@router.get("/debug/step")
+async def debug_step(services: Context, last: Annotated[int, Query(ge=0, le=SIZE)] = 0) -> Response:
+    """Where the time of the last 256 steps went: medians by phase, and with `last` so many steps one by one."""
+    return JSONResponse(services.client.engine.step_times().report(last))

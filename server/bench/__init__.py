@@ -1,4 +1,6 @@
-"""`adapterd bench`: offered load against a running server, comparisons, memory. A client: it knows the server by HTTP only.
+"""`adapterd bench`: offered load against a running server, comparisons, memory; or, offline, the engine in this process.
+
+Towards a server it is a client and knows it by HTTP only.
 
 Usage:
     report = run_bench(BenchOptions(url="http://127.0.0.1:8080", adapters=8, families=("lora", "ia3")))
@@ -15,28 +17,51 @@ from typing import Final
 from urllib.parse import urlsplit
 
 import httpx
+from rich.console import Group, RenderableType
 
 from .machine import Machine, measure_machine
+from .offline_report import OfflineReport, offline_blocks, offline_json
 from .options import BenchError, BenchOptions
-from .report import BenchReport, render, to_json
-from .scenarios import Findings, base_versus_adapters, many_adapters, plain_load
+from .provenance import Provenance
+from .report import BenchReport, bench_json, blocks
+from .scenarios import Findings, base_versus_adapters, many_adapters, plain_load, prefill_while_decoding
 from .session import Session
 from .target import connect
 
-__all__ = ["BenchError", "BenchOptions", "BenchReport", "bench", "render", "run_bench", "to_json"]
+__all__ = ["BenchError", "BenchOptions", "BenchReport", "OfflineReport", "bench", "render", "run_bench", "to_json"]
 
 _SCENARIOS: Final[Mapping[str, Callable[[Session], Awaitable[Findings]]]] = MappingProxyType(
-    {"load": plain_load, "base-vs-adapters": base_versus_adapters, "many-adapters": many_adapters}
+    {
+        "load": plain_load,
+        "base-vs-adapters": base_versus_adapters,
+        "many-adapters": many_adapters,
+        "prefill-while-decoding": prefill_while_decoding,
+    }
 )
 _LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 
 
-def run_bench(options: BenchOptions) -> BenchReport:
+def run_bench(options: BenchOptions) -> BenchReport | OfflineReport:
     """One bench run, from the first look at the server to the last adapter deleted.
 
     Raises: BenchError for a wrong option, no server, or a comparison in which requests fail.
     """
-    return asyncio.run(bench(options))
+    if not options.offline:
+        return asyncio.run(bench(options))
+    options.check()
+    from .offline import offline  # loads torch and the engine
+
+    return asyncio.run(offline(options))
+
+
+def render(report: BenchReport | OfflineReport) -> RenderableType:
+    """The report as tables, for a `rich.console.Console`."""
+    return Group(*(offline_blocks(report) if isinstance(report, OfflineReport) else blocks(report)))
+
+
+def to_json(report: BenchReport | OfflineReport) -> str:
+    """The report with its derived figures, as one JSON object. The API key is left out."""
+    return offline_json(report) if isinstance(report, OfflineReport) else bench_json(report)
 
 
 async def bench(options: BenchOptions, transport: httpx.AsyncBaseTransport | None = None) -> BenchReport:
@@ -55,6 +80,7 @@ async def bench(options: BenchOptions, transport: httpx.AsyncBaseTransport | Non
         findings = await _scenario(options)(session)
         return BenchReport(
             options=options,
+            provenance=Provenance.now(),
             seed=seed,
             model=str(session.info.get("model_id", "?")),
             machine=machine,
@@ -62,6 +88,7 @@ async def bench(options: BenchOptions, transport: httpx.AsyncBaseTransport | Non
             loads=findings.loads,
             comparison=findings.comparison,
             memory=findings.memory,
+            interference=findings.interference,
         )
 
 

@@ -1,7 +1,6 @@
 """Random adapters of every family, as the files that PEFT or AdapterHub would have saved for a given base.
 
-Owns names and shapes of those files, and values small enough that logits stay finite. Knows of the base what its server
-says in /info: module names and sizes, no weights.
+Owns names and shapes of those files, and values small enough that logits stay finite. Knows no weights of the base.
 
     files = make_adapter("lora", Dimensions.of(info), np.random.default_rng(0), rank=16)
     {"adapter_config.json": b"{...}", "adapter_model.safetensors": b"..."}
@@ -18,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from .options import BenchError, Family
+from .dimensions import Dimensions
+from .options import BenchError, Family, Precision
 
 Array = NDArray[np.float32]
 Files = dict[str, bytes]
@@ -29,50 +29,6 @@ _REDUCTION: Final = 16  # hidden size / bottleneck width, AdapterHub's default
 _PREFIX: Final = "base_model.model."
 
 
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """A Linear or Conv1D inside the base's layers."""
-
-    name: str
-    in_features: int
-    out_features: int
-
-
-@dataclass(frozen=True, slots=True)
-class Exit:
-    """The module whose output is a sublayer's."""
-
-    layer: int
-    kind: str  # "attention" or "feed_forward"
-    module: str
-
-
-@dataclass(frozen=True)
-class Dimensions:
-    """What a base's adapters have to fit."""
-
-    model_type: str
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    linears: tuple[Linear, ...]
-    exits: tuple[Exit, ...]  # empty where the architecture's layout is not known
-
-    @classmethod
-    def of(cls, info: Mapping[str, Any]) -> Dimensions:
-        """From what GET /info says. Raises: BenchError when it lacks a field or has one of another form."""
-        try:
-            return _dimensions(info)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BenchError(f"`url`: GET /info does not describe the server's base model: {error!r}") from error
-
-    @property
-    def kv_width(self) -> int:
-        return self.num_kv_heads * self.head_dim
-
-
 @dataclass(frozen=True)
 class Recipe:
     """What the sizes of one adapter depend on besides the base."""
@@ -81,41 +37,30 @@ class Recipe:
     random: np.random.Generator
     rank: int
     virtual_tokens: int
+    precision: Precision
 
     def noise(self, *shape: int) -> Array:
-        """Random weights of bf16 precision in fp32, as training in bf16 leaves them."""
+        """Random weights in fp32; of bf16 precision as training in bf16 leaves them, unless asked for otherwise."""
         weights: Array = self.random.standard_normal(shape, dtype=np.float32) * np.float32(_SCALE)
+        if self.precision == "fp32":
+            return weights
         return (weights.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def make_adapter(
-    family: Family, dimensions: Dimensions, random: np.random.Generator, *, rank: int = 16, virtual_tokens: int = 16
+    family: Family,
+    dimensions: Dimensions,
+    random: np.random.Generator,
+    *,
+    rank: int = 16,
+    virtual_tokens: int = 16,
+    precision: Precision = "bf16",
 ) -> Files:
     """One adapter's files by name, different for every state of `random`.
 
     Raises: BenchError when the family needs to know the base's layout and it is not known.
     """
-    return _MAKERS[family](Recipe(dimensions, random, rank, virtual_tokens))
-
-
-def _dimensions(info: Mapping[str, Any]) -> Dimensions:
-    """The output head, a module of no layer, is left out: it takes no adapter."""
-    base = info["base"]
-    linears = [
-        Linear(name, int(inputs), int(outputs))
-        for name, (kind, inputs, outputs) in base["modules"].items()
-        if kind in ("linear", "conv1d") and "." in name
-    ]
-    return Dimensions(
-        model_type=str(info["model_type"]),
-        hidden_size=int(base["hidden_size"]),
-        num_layers=int(base["num_layers"]),
-        num_heads=int(base["num_attention_heads"]),
-        num_kv_heads=int(base["num_key_value_heads"]),
-        head_dim=int(base["head_dim"]),
-        linears=tuple(linears),
-        exits=tuple(Exit(int(layer), str(kind), str(module)) for layer, kind, module in base["sublayers"]),
-    )
+    return _MAKERS[family](Recipe(dimensions, random, rank, virtual_tokens, precision))
 
 
 def _files(config: Mapping[str, object], tensors: dict[str, Array], weights: str = "adapter_model.safetensors") -> Files:
@@ -264,6 +209,25 @@ def _prompt_config(peft_type: str, recipe: Recipe, token_dim: int, heads: int) -
     }
 
 
+def _trainable_tokens(recipe: Recipe) -> Files:
+    """As many rows of the input embedding as other prompts have positions."""
+    dimensions = recipe.dimensions
+    if not dimensions.embedding:
+        raise BenchError(f"`families`: which module of a {dimensions.model_type} is its input embedding is not known")
+    count = min(recipe.virtual_tokens, dimensions.vocab_size)
+    ids = sorted(recipe.random.choice(dimensions.vocab_size, count, replace=False).tolist())
+    config = {
+        "peft_type": "TRAINABLE_TOKENS",
+        "task_type": "CAUSAL_LM",
+        "target_modules": [dimensions.embedding.rpartition(".")[2]],
+        "token_indices": ids,
+        "inference_mode": True,
+    }
+    return _files(
+        config, {f"{_PREFIX}{dimensions.embedding}.trainable_tokens_delta": recipe.noise(count, dimensions.hidden_size)}
+    )
+
+
 _MAKERS: Final[Mapping[Family, Callable[[Recipe], Files]]] = {
     "lora": _lora,
     "ia3": _ia3,
@@ -272,4 +236,5 @@ _MAKERS: Final[Mapping[Family, Callable[[Recipe], Files]]] = {
     "prefix_tuning": _prefix_tuning,
     "prompt_tuning": _prompt_tuning,
     "p_tuning": _p_tuning,
+    "trainable_tokens": _trainable_tokens,
 }

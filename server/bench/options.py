@@ -13,12 +13,15 @@ from typing import Annotated, Any, Final, Literal, get_args, get_type_hints
 from urllib.parse import urlsplit
 
 from ..errors import AdapterdError
+from ..settings import Settings
 
 Popularity = Literal["distinct", "uniform", "zipf", "identical"]
-Scenario = Literal["load", "base-vs-adapters", "many-adapters"]
-Family = Literal["lora", "ia3", "bitfit", "bottleneck", "prefix_tuning", "prompt_tuning", "p_tuning"]
+Scenario = Literal["load", "base-vs-adapters", "many-adapters", "prefill-while-decoding"]
+Family = Literal["lora", "ia3", "bitfit", "bottleneck", "prefix_tuning", "prompt_tuning", "p_tuning", "trainable_tokens"]
+Precision = Literal["bf16", "fp32"]
 
 FAMILIES: Final[tuple[str, ...]] = get_args(Family)
+DEFAULT_MODEL: Final[str] = Settings.model_fields["model"].default
 
 
 class BenchError(AdapterdError):
@@ -33,21 +36,36 @@ class BenchOptions:
 
     url: Annotated[str, "The running server."] = "http://127.0.0.1:8080"
     api_key: Annotated[str | None, "Sent as a bearer token; it must be allowed to upload adapters."] = None
+    offline: Annotated[
+        bool,
+        "Measure the engine in this process, without a server and HTTP: base and adapters interleaved, and the step "
+        "against the floor that this machine's memory sets.",
+    ] = False
+    sweep: Annotated[
+        bool, "With --offline: also at 1, 2, 4 ... distinct adapters, and at 1, 2, 4 ... rows, up to those asked for."
+    ] = False
+    model: Annotated[str, "With --offline: the base model, a local directory, a Hub id or a short name."] = DEFAULT_MODEL
+    native: Annotated[bool, "With --offline: use the native CPU kernels where they can be had."] = True
     scenario: Annotated[
         Scenario,
         "load = one run of the offered load; base-vs-adapters = base and adapters interleaved, and their ratio; "
-        "many-adapters = upload and use one adapter after the other, and report memory.",
+        "many-adapters = upload and use one adapter after the other, and report memory; "
+        "prefill-while-decoding = a long prompt beside streams, and how much each delays the other.",
     ] = "load"
     versus_peft: Annotated[
         bool, "Compare with PEFT's generate(adapter_names=...) in this process, interleaved with the server. LoRA only."
     ] = False
-    concurrency: Annotated[int, "Requests in flight at once; rows of the batch with --versus-peft."] = 8
+    concurrency: Annotated[int, "Requests in flight at once; rows of the batch with --versus-peft and --offline."] = 8
     requests: Annotated[int, "Requests per run."] = 32
     prompt_tokens: Annotated[int, "Length of every prompt, exactly; special tokens that the server adds count."] = 128
+    long_prompt_tokens: Annotated[int, "Length of the prompt beside streams, with --scenario prefill-while-decoding."] = 512
     max_new_tokens: Annotated[int, "Tokens to generate per request; the end-of-sequence token is ignored."] = 64
     adapters: Annotated[int, "Random adapters to upload and use; 0 = the base model only."] = 8
     families: Annotated[tuple[Family, ...], "Families of the adapters, in turn."] = ("lora",)
     rank: Annotated[int, "Rank of LoRA adapters, on all linear layers but the output head."] = 16
+    precision: Annotated[
+        Precision, "Of the adapters' weights. LoRA of bf16 precision is held in bf16, at half the bytes and the same values."
+    ] = "bf16"
     virtual_tokens: Annotated[int, "Positions of prefix tuning, prompt tuning and P-tuning adapters."] = 16
     popularity: Annotated[
         Popularity,
@@ -76,10 +94,20 @@ class BenchOptions:
         for family in self.families:
             if family not in FAMILIES:
                 raise BenchError(f"`families` may name {', '.join(FAMILIES)}. Given: {family!r}")
-        if self.adapters == 0 and (self.scenario != "load" or self.versus_peft):
+        if self.adapters == 0 and (self.scenario in ("base-vs-adapters", "many-adapters") or self.versus_peft):
             raise BenchError("`adapters` must be > 0 for a comparison. Given: 0")
         if self.versus_peft:
             self._check_versus_peft()
+        if self.offline:
+            self._check_offline()
+        elif self.sweep:
+            raise BenchError("`sweep` goes with `offline` only")
+
+    def _check_offline(self) -> None:
+        if self.scenario != "load" or self.versus_peft:
+            raise BenchError("`offline` is a scenario of its own; leave out `scenario` and `versus_peft`")
+        if self.popularity not in ("distinct", "identical"):
+            raise BenchError(f"`popularity` must be distinct or identical with `offline`. Given: {self.popularity!r}")
 
     def _check_versus_peft(self) -> None:
         if self.scenario != "load":
@@ -107,9 +135,11 @@ _RULES: Final[tuple[tuple[str, str, Callable[[Any], bool]], ...]] = (
     ("url", "an http:// or https:// address", _is_url),
     ("scenario", *_one_of(Scenario)),
     ("popularity", *_one_of(Popularity)),
+    ("precision", *_one_of(Precision)),
     ("concurrency", *_between(1, 4096)),
     ("requests", *_between(1, 1_000_000)),
     ("prompt_tokens", *_between(2, 1_000_000)),
+    ("long_prompt_tokens", *_between(2, 1_000_000)),
     ("max_new_tokens", *_between(1, 1_000_000)),
     ("adapters", *_between(0, 100_000)),
     ("families", "one family at least", lambda value: len(value) > 0),

@@ -11,12 +11,14 @@ from dataclasses import asdict, dataclass
 from math import isinf
 from pathlib import Path
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .interference import Interference
 from .machine import Machine
 from .options import BenchOptions
+from .provenance import Provenance
 from .results import Comparison, Histogram, Load, Memory, Percentiles, Spread, StepReport, Uploads
 
 _SHOWN_LOADS = 8  # a run of many batches shows its last ones; JSON has all
@@ -28,6 +30,7 @@ class BenchReport:
     """Everything one run found."""
 
     options: BenchOptions
+    provenance: Provenance  # of the bench; the server may be another build on another machine
     seed: int  # gives the same prompts and adapters again
     model: str
     machine: Machine | None  # None where the server is not on this machine
@@ -35,6 +38,7 @@ class BenchReport:
     loads: tuple[Load, ...]
     comparison: Comparison | None = None
     memory: Memory | None = None
+    interference: Interference | None = None
 
     @property
     def failed(self) -> int:
@@ -42,7 +46,7 @@ class BenchReport:
         return sum(load.requests - load.completed for load in self.loads)
 
 
-def to_json(report: BenchReport) -> str:
+def bench_json(report: BenchReport) -> str:
     """The report with its derived figures, as one JSON object. The API key is left out."""
     found = asdict(report)
     found["options"].pop("api_key")
@@ -54,29 +58,29 @@ def to_json(report: BenchReport) -> str:
     if report.memory:
         names = ("budget_bytes", "peak_bytes", "within_budget", "late_growth_bytes")
         found["memory"] |= {name: getattr(report.memory, name) for name in names}
-    return json.dumps(_plain(found), indent=2)
+    if report.interference:
+        ratios = {name: asdict(report.interference.spread(name)) for name in ("first_token_ratio", "gap_ratio")}
+        found["interference"] |= ratios
+    return json.dumps(plain(found), indent=2)
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
     """JSON has no infinity (the last bucket of a histogram) and no paths."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and isinf(value):
         return None
     return str(value) if isinstance(value, Path) else value
 
 
-def render(report: BenchReport) -> RenderableType:
-    """The report as tables, for a `rich.console.Console`."""
-    return Group(*_blocks(report))
-
-
-def _blocks(report: BenchReport) -> Iterator[RenderableType]:
+def blocks(report: BenchReport) -> Iterator[RenderableType]:
     yield _header(report)
     if report.comparison:
         yield _comparison(report.comparison)
+    if report.interference:
+        yield _interference(report.interference)
     yield _loads(report.loads)
     steps = [(load.label, load.steps) for load in report.loads[-_SHOWN_LOADS:] if load.steps]
     if steps:
@@ -103,7 +107,7 @@ def _header(report: BenchReport) -> Text:
 
 
 def _comparison(comparison: Comparison) -> Table:
-    table = _table(f"tokens/s, medians of {len(comparison.counted)} rounds", 1)
+    table = make_table(f"tokens/s, medians of {len(comparison.counted)} rounds", 1)
     table.add_column("")
     for name in ("median", "least", "most"):
         table.add_column(name, justify="right")
@@ -112,15 +116,42 @@ def _comparison(comparison: Comparison) -> Table:
     table.add_row("A / B", *_spread(comparison.ratio, ".2f"), style="bold")
     if comparison.same_tokens is not None:
         table.add_row("rows with the same tokens", f"{comparison.same_tokens:.0%}", "", "")
-    table.caption = _disturbance(comparison)
+    table.caption = disturbance(comparison)
     return table
 
 
-def _disturbance(comparison: Comparison) -> str | None:
+def disturbance(comparison: Comparison) -> str | None:
     if all(round.disturbed for round in comparison.rounds):
         return "Other programs disturbed every round."
     left_out = len(comparison.rounds) - len(comparison.counted)
     return f"Left out: {left_out} rounds that other programs disturbed." if left_out else None
+
+
+def _interference(found: Interference) -> Table:
+    title = (
+        f"a prompt of {found.long_prompt_tokens} tokens beside {found.streams} streams, medians of {len(found.counted)} rounds"
+    )
+    table = make_table(title, 1)
+    for name in ("", "alone ms", "together ms", "ratio"):
+        table.add_column(name, justify="right" if name else "left")
+    lines = (
+        ("time to its first token", "alone", "beside", "first_token_ratio"),
+        ("between their tokens, p99", "gap_p99", "met_p99", "gap_ratio"),
+    )
+    for name, alone, together, ratio in lines:
+        cells = [f"{found.spread(figure).median * 1e3:.0f}" for figure in (alone, together)]
+        table.add_row(name, *cells, spread_cells(found.spread(ratio), ".2f"), style="bold")
+    left_out = len(found.rounds) - len(found.counted)
+    disturbed = all(round.disturbed for round in found.rounds)
+    table.caption = "Other programs disturbed every round." if disturbed else None
+    if left_out:
+        table.caption = f"Left out: {left_out} rounds that other programs disturbed."
+    return table
+
+
+def spread_cells(spread: Spread, form: str) -> str:
+    """All three in one cell."""
+    return f"{spread.median:{form}} ({spread.least:{form}}..{spread.most:{form}})"
 
 
 def _spread(spread: Spread, form: str) -> tuple[str, str, str]:
@@ -128,7 +159,7 @@ def _spread(spread: Spread, form: str) -> tuple[str, str, str]:
 
 
 def _loads(loads: Sequence[Load]) -> Table:
-    table = _table("load", len(loads))
+    table = make_table("load", len(loads))
     table.add_column("run")
     for name in ("ok", "errors", "tok/s", "TTFT ms p50/p90/p99", "inter-token ms p50/p90/p99", "end to end s p50/p90/p99"):
         table.add_column(name, justify="right")
@@ -148,7 +179,7 @@ def _loads(loads: Sequence[Load]) -> Table:
 
 
 def _steps(steps: Sequence[tuple[str, StepReport]]) -> Table:
-    table = _table("steps of the server: mean (and most)", len(steps))
+    table = make_table("steps of the server: mean (and most)", len(steps))
     table.add_column("run")
     for name in ("steps", "rows", "distinct adapters", "distinct families", "loads", "evictions", "preemptions", "prefix hits"):
         table.add_column(name, justify="right")
@@ -168,7 +199,7 @@ def _steps(steps: Sequence[tuple[str, StepReport]]) -> Table:
 
 
 def _memory(memory: Memory) -> Table:
-    table = _table("resident memory of the server", 1)
+    table = make_table("resident memory of the server", 1)
     table.add_column("after adapters", justify="right")
     table.add_column("resident", justify="right")
     stride = max(1, len(memory.samples) // _SHOWN_SAMPLES)
@@ -185,7 +216,7 @@ def _memory(memory: Memory) -> Table:
     return table
 
 
-def _table(title: str, rows: int) -> Table:
+def make_table(title: str, rows: int) -> Table:
     shown = f" (the last {_SHOWN_LOADS} of {rows})" if rows > _SHOWN_LOADS else ""
     return Table(title=title + shown, title_justify="left", title_style="bold", header_style="dim")
 

@@ -1,4 +1,5 @@
-"""The scenarios: a plain load, base and adapters interleaved, and one adapter after the other while memory is watched.
+"""The scenarios: a plain load, base and adapters interleaved, one adapter after the other while memory is watched, and a
+long prompt beside streams.
 
 Owns the order of events. Sends through load.py, judges nothing.
 """
@@ -7,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
+from . import interference
+from .interference import Interference
 from .load import measure
 from .machine import is_disturbed
 from .options import BenchError
@@ -26,6 +30,15 @@ class Findings:
     loads: tuple[Load, ...]
     comparison: Comparison | None = None
     memory: Memory | None = None
+    interference: Interference | None = None
+
+
+class _Played(Protocol):
+    @property
+    def disturbed(self) -> bool: ...
+
+
+_R = TypeVar("_R", bound=_Played)
 
 
 async def plain_load(session: Session) -> Findings:
@@ -79,9 +92,20 @@ async def many_adapters(session: Session) -> Findings:
         return Findings(tuple(loads), memory=await _memory(session, samples))
 
 
-async def play_rounds(repeats: int, play: Callable[[int], Awaitable[Round]]) -> tuple[Round, ...]:
+async def prefill_while_decoding(session: Session) -> Findings:
+    """A long prompt alone, streams alone, and both together, round after round."""
+    options = session.options
+    async with session.adapters() as names:
+        await session.warm_up(names)
+        rounds = await play_rounds(options.repeats, lambda index: interference.play(session, names, index))
+    loads = tuple(load for round in rounds for load in round.loads)
+    meetings = tuple(round.meeting for round in rounds)
+    return Findings(loads, interference=Interference(options.concurrency, options.long_prompt_tokens, meetings))
+
+
+async def play_rounds(repeats: int, play: Callable[[int], Awaitable[_R]]) -> tuple[_R, ...]:
     """Rounds until `repeats` of them were undisturbed, or patience ends."""
-    rounds: list[Round] = []
+    rounds: list[_R] = []
     while len(rounds) < _PATIENCE * repeats and sum(not round.disturbed for round in rounds) < repeats:
         rounds.append(await play(len(rounds)))
     return tuple(rounds)

@@ -21,7 +21,8 @@ import numpy as np
 from ..errors import AdapterdError
 from ..model.pull import resolve
 from ..settings import default_home
-from .adapters import Dimensions, Files, make_adapter
+from .adapters import Files, make_adapter
+from .dimensions import Dimensions
 from .load import drive
 from .options import BenchError, BenchOptions, Family
 from .results import OK, MemorySample, Percentiles, Uploads
@@ -64,8 +65,9 @@ class Session:
         size = sum(size for _, size, _ in self._uploads)
         return Uploads(len(self._uploads), dict(families), size, Percentiles.of(took for _, _, took in self._uploads))
 
-    async def prompts(self, count: int) -> list[Prompt]:
-        return await make_prompts(self.target.tokenize, count, self.options.prompt_tokens, self._random)
+    async def prompts(self, count: int, tokens: int | None = None) -> list[Prompt]:
+        """Of `tokens` tokens each, or as many as were asked for."""
+        return await make_prompts(self.target.tokenize, count, tokens or self.options.prompt_tokens, self._random)
 
     def orders(self, prompts: Sequence[Prompt], adapters: Sequence[str]) -> list[Order]:
         """One request per prompt, through `adapters` by the popularity asked for; the base model without any."""
@@ -105,6 +107,7 @@ class Session:
             np.random.default_rng((self.seed, index)),
             rank=self.options.rank,
             virtual_tokens=self.options.virtual_tokens,
+            precision=self.options.precision,
         )
 
     async def warm_up(self, adapters: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ PREFIX: Final = "base_model.model."
 ALL_LINEAR: Final = "all-linear"
 _NOT_SERVED: Final = {
     "base_layer.weight": "stored base weights are not served; save with save_embedding_layers=False",
-    "trainable_tokens_delta": "trainable tokens are not served",
+    "trainable_tokens_delta": "no method of this file trains single tokens",
 }
 
 

@@ -1,4 +1,4 @@
-"""The demo: six users, each bound to a small adapter of another family, all trained on SmolLM2-135M-Instruct.
+"""The demo: six users, each bound to a small adapter of another family, and two classifiers, made for SmolLM2-135M-Instruct.
 
 Owns the list and the files beside it (fp32 safetensors, exactly as PEFT and AdapterHub save them). Trained by
 tests/training; loaded by `adapterd serve --demo`.
@@ -20,6 +20,11 @@ class DemoAdapter:
     user_id: str | None  # None: uploaded, but bound to nobody
     method: str
     what: str
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The methods of its parts."""
+        return tuple(self.method.split("+"))
 
     @property
     def directory(self) -> Path:

@@ -24,6 +24,7 @@ from ..errors import AdapterdError, GenerationError, UnavailableError
 from ..metrics import EngineStats, Metrics
 from ..model.text import Text, Transcript
 from ..requests import Event, FinishReason, Request, Token
+from ..step_times import StepTimes
 
 Publish = Callable[[list[Event]], None]
 
@@ -50,6 +51,8 @@ class EngineLike(Protocol):
         """stored, loading, resident or failed, and why."""
 
     def stats(self) -> EngineStats: ...
+
+    def step_times(self) -> StepTimes: ...
 
 
 class Mailbox:

@@ -25,7 +25,9 @@ from ..methods.base import Adapter
 from ..metrics import EngineStats
 from ..model.runner import Runner
 from ..requests import Event, FinishReason, Request
+from ..step_times import StepTimes
 from .derived import Recipes
+from .footprint import Footprint
 from .loading import HostCache, Load, Loading
 from .plan import Change, Copy, Evict, Fill, Plan, Put, Row, Sample, Sequence
 from .residency import AdapterFacts
@@ -42,6 +44,7 @@ class StepObserver(Protocol):
     def evicted(self) -> None: ...
     def preempted(self) -> None: ...
     def prefix_cache(self, queried: int, hit: int) -> None: ...
+    def speculated(self, guessed: int, right: int) -> None: ...
 
 
 class Engine:
@@ -55,13 +58,16 @@ class Engine:
         observer: StepObserver,
         publish: Callable[[list[Event]], None],
         host_cache_bytes: int = 512 << 20,
+        weigh: Callable[[Adapter], Footprint] = lambda adapter: Footprint(),
     ) -> None:
+        """`weigh` says what an adapter takes of the device, and raises AdapterError for one that can never fit."""
         self._runner = runner
         self._scheduler = scheduler
         self._observer = observer
         self._publish = publish
         self._cache = HostCache(host_cache_bytes)
         self._recipes = Recipes()
+        self._weigh = weigh
         self._loading = Loading(load, self._cache, self._on_loaded, recipes=self._recipes)
         self._ready: dict[Digest, Adapter] = {}  # loaded, on their way to a slot
         self._families: dict[Digest, frozenset[str]] = {}  # of adapters that are on the device
@@ -72,6 +78,7 @@ class Engine:
         self._wake = threading.Condition()
         self._closing = False
         self._progress = False  # the last step did something, so the next may too
+        self._times = runner.times
         self._pending = 0  # accepted requests that have not ended yet
         self._snapshot()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -139,6 +146,10 @@ class Engine:
     def stats(self) -> EngineStats:
         return self._stats
 
+    def step_times(self) -> StepTimes:
+        """Where the last steps' time went."""
+        return self._times
+
     @property
     def pending(self) -> int:
         """Accepted requests that have not ended yet."""
@@ -155,9 +166,19 @@ class Engine:
             return True
 
     def _on_loaded(self, digest: Digest, result: Adapter | AdapterdError, seconds: float) -> None:
-        outcome = "failed" if isinstance(result, AdapterdError) else "loaded"
+        """On a loader's thread."""
+        loaded = result if isinstance(result, AdapterdError) else self._weighed(result)
+        outcome = "failed" if isinstance(loaded, AdapterdError) else "loaded"
         self._observer.adapter_loaded(seconds, outcome)
-        self._post(lambda: self._take_loaded(digest, result))
+        self._post(lambda: self._take_loaded(digest, loaded))
+
+    def _weighed(self, adapter: Adapter) -> tuple[Adapter, AdapterFacts] | AdapterdError:
+        try:
+            return adapter, replace(_facts(adapter), footprint=self._weigh(adapter))
+        except Exception as error:  # as any adapter that cannot be loaded
+            failure = _failure("the adapter's load", error)
+            failure.__cause__ = None if failure is error else error
+            return failure
 
     # -- the engine's thread: inbox ------------------------------------------------------------------------------
 
@@ -167,17 +188,14 @@ class Engine:
         except Exception as error:
             self._tell([Event(request.id, finish=FinishReason.ERROR, error=_failure("the request", error))])
 
-    def _take_loaded(self, digest: Digest, result: Adapter | AdapterdError) -> None:
+    def _take_loaded(self, digest: Digest, result: tuple[Adapter, AdapterFacts] | AdapterdError) -> None:
         if isinstance(result, AdapterdError):
             log.warning("adapter could not be loaded", digest=digest.short, error=str(result), exc_info=result.__cause__)
             self._scheduler.residency.failed(digest, str(result))
             self._scheduler.fail_adapter(digest, result)
             self._warmed(digest, result)
             return
-        self._ready[digest] = result
-        facts = _facts(result)
-        if (head := result.head) is not None:
-            facts = replace(facts, head="every" if head.every_position else "last")
+        self._ready[digest], facts = result
         self._scheduler.residency.loaded(digest, facts)
 
     def _start_warming(self, digests: tuple[Digest, ...], future: Future[None]) -> None:
@@ -244,8 +262,10 @@ class Engine:
         return self._progress or bool(self._scheduler.running)
 
     def _step(self) -> None:
+        self._times.begin()
         self._evict()
         plan = self._scheduler.plan()
+        self._times.mark("plan")
         for digest in plan.loads:
             self._loading.start(digest)
         for change in plan.changes:
@@ -255,6 +275,7 @@ class Engine:
         if len(self._ready) > len(self._scheduler.residency.loaded_only):
             self._ready = {d: self._ready[d] for d in self._scheduler.residency.loaded_only}
         rows = [row for row in plan.rows if row.sequence in self._scheduler.running]
+        self._times.mark("apply")
         if rows:
             begun = time.monotonic()
             self._run(rows)
@@ -262,6 +283,9 @@ class Engine:
         self._progress = bool(rows or plan.changes)
         self._snapshot()
         self._tell(self._scheduler.take_events())
+        if rows:
+            self._times.mark("publish")
+            self._times.end(len(rows), plan.tokens)
         if self._scheduler.idle:
             self._check_leaks()
 
@@ -340,6 +364,9 @@ class Engine:
             log.exception("a step failed", adapters=[d.short for d in rows[0].sequence.adapters])
             self._scheduler.fail_sequence(rows[0].sequence, _failure("the step", error))
             return
+        guessed = sum(len(row.draft) for row in rows)
+        if guessed:
+            self._observer.speculated(guessed, sum(len(sample.more) for sample in samples.values()))
         self._scheduler.advance(rows, samples)
 
     def _observe(self, plan: Plan, seconds: float) -> None:
@@ -368,6 +395,7 @@ class Engine:
             resident=residency.resident,
             waiting_for=tuple(dict.fromkeys(d for s in scheduler.waiting for d in s.adapters)),
             device_bytes=self._runner.adapter_bytes,
+            device_budget=residency.budget or 0,
             host_cache_bytes=self._cache.nbytes,
         )
 
@@ -402,11 +430,13 @@ class Engine:
 
 
 def _facts(adapter: Adapter) -> AdapterFacts:
-    prefix = adapter.prefix
+    prefix, head = adapter.prefix, adapter.head
+    facts = AdapterFacts(adapter.pools, head=None if head is None else "every" if head.every_position else "last")
     if prefix is None:
-        return AdapterFacts(adapter.pools)
+        return facts
     ids = () if prefix.ids is None else tuple(prefix.ids.tolist())
-    return AdapterFacts(adapter.pools, prefix.length, prefix.keys is None, prefix.shift, ids=ids, tasks=prefix.tasks)
+    embedded = prefix.keys is None
+    return replace(facts, virtual=prefix.length, embedded=embedded, shift=prefix.shift, ids=ids, tasks=prefix.tasks)
 
 
 def _failure(what: str, error: Exception) -> AdapterdError:

@@ -31,7 +31,7 @@ class Sequence:
     prompt_end: int  # virtual + prompt length
     done: int = 0
     shift: int = 0  # of its text: place in the KV cache - position id
-    blocks: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)  # grows in place; another list once the K/V is another
     slots: Mapping[str, int] = field(default_factory=dict)  # pool -> slot, while running
     keys: list[bytes] = field(default_factory=list)  # hash chain of full blocks, computed on demand
     published: int = 0  # leading blocks that are in the prefix cache
@@ -60,16 +60,21 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Row:
-    """`count` positions of one sequence, from `start` on."""
+    """`count` positions of one sequence, from `start` on; the last of them may be guesses, to be verified.
+
+        ids [97 12 55 8]   start 3, draft (4, 31)   ->   positions 3 4 5 with ids 8 4 31
+    """
 
     sequence: Sequence
     start: int
     count: int
+    draft: tuple[int, ...] = ()  # ids guessed to follow the sequence's own; counted in `count`
 
     @property
     def samples(self) -> bool:
-        """Whether this row's last position is the sequence's last: it picks the next token, or completes the scores."""
-        return self.sequence.request is not None and self.start + self.count == len(self.sequence.ids)
+        """Whether this row reaches the sequence's last position: it picks the next token, or completes the scores."""
+        reached = self.start + self.count - len(self.draft)
+        return self.sequence.request is not None and reached == len(self.sequence.ids)
 
     @property
     def reads_hidden(self) -> bool:
@@ -129,3 +134,4 @@ class Sample:
     token: Token | None
     prompt: tuple[Token, ...] = ()  # scores of this chunk's prompt tokens, when asked for
     scores: tuple[tuple[float, ...], ...] | None = ()  # what this chunk adds, where the task generates nothing
+    more: tuple[Token, ...] = ()  # what follows `token` at once, one for each leading guess of the row's draft that was right

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from adapters_store.digest import Digest
+
+from .footprint import Footprint, Ledger, together
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class AdapterFacts:
     ids: tuple[int, ...] = ()  # the prefix's tokens, where it has any
     tasks: int = 0  # the prefix is one per task, and a request must name its own
     head: Literal[None, "last", "every"] = None  # which positions of a text its head reads
+    footprint: Footprint = field(default_factory=Footprint)  # device memory
 
 
 @dataclass
@@ -63,21 +66,63 @@ class _SlotHeap:
     def give_back(self, slot: int) -> None:
         heapq.heappush(self.freed, slot)
 
+    @property
+    def lowest(self) -> int:
+        """The slot that `take` would give."""
+        return self.freed[0] if self.freed else self.next
+
+
+@dataclass
+class _Device:
+    """Slots and bytes that are taken; `copy` tries out what evictions would free."""
+
+    pools: dict[str, _SlotHeap] = field(default_factory=dict)
+    ledger: Ledger = field(default_factory=Ledger)
+
+    def bytes_with(self, facts: AdapterFacts) -> int:
+        slots = {pool: self.pools[pool].lowest if pool in self.pools else 1 for pool in facts.pools}
+        return self.ledger.nbytes + self.ledger.cost(facts.footprint, slots)
+
+    def take(self, facts: AdapterFacts) -> dict[str, int]:
+        slots = {pool: self.pools.setdefault(pool, _SlotHeap()).take() for pool in facts.pools}
+        self.ledger.add(facts.footprint, slots)
+        return slots
+
+    def give_back(self, entry: _Resident) -> None:
+        for pool, slot in entry.slots.items():
+            self.pools[pool].give_back(slot)
+        self.ledger.remove(entry.facts.footprint)
+
+    def copy(self) -> _Device:
+        heaps = {pool: _SlotHeap(heap.next, list(heap.freed)) for pool, heap in self.pools.items()}
+        return _Device(heaps, self.ledger.copy())
+
 
 class Residency:
-    """At most `capacity` adapters resident. Invariant: an adapter with refs > 0 is never evicted."""
+    """At most `capacity` adapters, and `budget` bytes of them, resident.
 
-    def __init__(self, capacity: int) -> None:
+    Invariant: an adapter with refs > 0 is never evicted.
+    """
+
+    def __init__(self, capacity: int, budget: int | None = None) -> None:
+        """`budget` in bytes of device memory; None sets no limit."""
         self.capacity = capacity
+        self.budget = budget
         self._resident: OrderedDict[Digest, _Resident] = OrderedDict()  # least recently used first
         self._loading: set[Digest] = set()
         self._loaded: dict[Digest, AdapterFacts] = {}  # in host memory, waiting for a slot
         self._failed: OrderedDict[Digest, str] = OrderedDict()
-        self._pools: dict[str, _SlotHeap] = {}
+        self._device = _Device()
+        self._stuck: set[tuple[Digest, frozenset[Digest]]] = set()  # placements known to fail until something is freed
 
     @property
     def used(self) -> int:
         return len(self._resident)
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory of the resident adapters."""
+        return self._device.ledger.nbytes
 
     @property
     def resident(self) -> tuple[Digest, ...]:
@@ -139,21 +184,54 @@ class Residency:
             self._failed.popitem(last=False)
 
     def place(self, digest: Digest, keep: Iterable[Digest] = ()) -> Placement | None:
-        """Give a loaded adapter its slots, evicting the least recently used one if need be.
+        """Give a loaded adapter its slots, evicting the least recently used ones if need be.
 
-        None while every resident adapter is pinned or in `keep` (the other adapters of the same request).
+        Those in `keep` (the other adapters of the same request) are spared, unless only their high slots keep pools large
+        and nothing runs that could end: then they go too, and come back lower.
+        None while the adapters that may be evicted are too few or too small.
         """
-        evicted: list[tuple[Digest, Mapping[str, int]]] = []
-        if len(self._resident) >= self.capacity:
-            kept = set(keep)
-            victim = next((d for d, r in self._resident.items() if not r.refs and d not in kept), None)
-            if victim is None:
-                return None
-            evicted.append((victim, self._remove(victim)))
+        kept = frozenset(keep)
+        if (digest, kept) in self._stuck:
+            return None
+        victims = self._victims(self._loaded[digest], kept)
+        if victims is None:
+            self._stuck.add((digest, kept))
+            return None
+        evicted = tuple((victim, self._remove(victim)) for victim in victims)
         facts = self._loaded.pop(digest)
-        slots = {pool: self._pools.setdefault(pool, _SlotHeap()).take() for pool in facts.pools}
+        slots = self._device.take(facts)
         self._resident[digest] = _Resident(facts, slots)
-        return Placement(slots, tuple(evicted))
+        return Placement(slots, evicted)
+
+    def needed(self, digests: Sequence[Digest]) -> int:
+        """Bytes that available adapters take together, whichever of them comes first."""
+        found = [self._resident[d].facts if d in self._resident else self._loaded[d] for d in digests]
+        footprints = [facts.footprint for facts in found]
+        return max(together(footprints), together(reversed(footprints)))
+
+    def _victims(self, facts: AdapterFacts, kept: frozenset[Digest]) -> list[Digest] | None:
+        """Who has to go, least recently used first, for an adapter to fit; None when it cannot now."""
+        if self._fits(self._device, len(self._resident), facts):
+            return []
+        victims: list[Digest] = []
+        device = self._device.copy()
+        for digest in self._evictable(kept):
+            victims.append(digest)
+            device.give_back(self._resident[digest])
+            if self._fits(device, len(self._resident) - len(victims), facts):
+                return victims
+        return None
+
+    def _evictable(self, kept: frozenset[Digest]) -> list[Digest]:
+        """Those that nothing runs on and nobody keeps; behind them, where all could go, those that are kept."""
+        unpinned = [digest for digest, entry in self._resident.items() if not entry.refs]
+        kept_here = [digest for digest in unpinned if digest in kept]
+        others = [digest for digest in unpinned if digest not in kept]
+        lower = len(unpinned) == len(self._resident) and len(kept_here) < self.capacity
+        return [*others, *kept_here] if lower else others
+
+    def _fits(self, device: _Device, used: int, facts: AdapterFacts) -> bool:
+        return used < self.capacity and (self.budget is None or device.bytes_with(facts) <= self.budget)
 
     def facts(self, digest: Digest) -> AdapterFacts:
         """Of a resident adapter."""
@@ -168,6 +246,7 @@ class Residency:
     def release(self, digests: Iterable[Digest]) -> None:
         for digest in digests:
             self._resident[digest].refs -= 1
+        self._stuck.clear()
 
     def slots(self, digest: Digest) -> Mapping[str, int]:
         return self._resident[digest].slots
@@ -179,6 +258,6 @@ class Residency:
 
     def _remove(self, digest: Digest) -> Mapping[str, int]:
         entry = self._resident.pop(digest)
-        for pool, slot in entry.slots.items():
-            self._pools[pool].give_back(slot)
+        self._device.give_back(entry)
+        self._stuck.clear()
         return entry.slots

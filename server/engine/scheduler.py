@@ -19,9 +19,11 @@ from adapters_store.digest import Digest
 
 from ..errors import AdapterdError, GenerationError, ValidationError
 from ..requests import Event, FinishReason, Request, Token
+from .budget import StepBudget
 from .pages import Pages, chain_key, chain_seed
 from .plan import Copy, Evict, Fill, Plan, Put, Row, Sample, Sequence
 from .residency import Residency
+from .speculation import Speculation, may_speculate
 
 VIRTUAL = -1  # the id of a position that has no token: a prefix or soft prompt
 
@@ -34,6 +36,8 @@ class SchedulerLimits:
     max_total_tokens: int  # virtual + prompt + new, per request
     patience: int = 64  # admissions that may overtake a request waiting for an adapter slot
     prefetch: int = 8  # adapters being loaded, or loaded and waiting, at once
+    max_prefill_tokens: int = 0  # per prompt, of a step in which others stream; 0 = as many as the step takes
+    speculate: int = 0  # tokens guessed ahead per greedy sequence
 
 
 @dataclass(eq=False)
@@ -76,6 +80,7 @@ class Scheduler:
         self._by_id: dict[str, Sequence] = {}
         self._warming: dict[Digest, None] = {}
         self._outbox: list[Event] = []
+        self._speculation = Speculation(limits.speculate)
 
     # -- what comes in -------------------------------------------------------------------------------------------
 
@@ -141,21 +146,39 @@ class Scheduler:
         plan = Plan()
         self._warm(plan)
         self._admit(plan)
-        self._request_loads(plan)
-        rows: dict[Sequence, Row] = {}
-        budget = self.limits.max_batch_tokens
+        # Each prompt has its share of the step, so that many who wait are not served at the pace of one.
+        prompts = sum(1 for sequence in self.running if sequence.remaining > 1)
+        budget = StepBudget(self.limits.max_batch_tokens, self.limits.max_prefill_tokens * max(1, prompts))
         # Decode before prefill: a long prompt must not delay tokens of sequences that already stream.
         for sequence in sorted(self.running, key=lambda s: s.remaining > 1):
-            if budget == 0:
-                break
             if sequence not in self.running:
                 continue  # preempted while an earlier one looked for blocks
-            count = min(sequence.remaining, budget)
-            if self._reserve(sequence, sequence.done + count, plan, rows):
-                rows[sequence] = Row(sequence, sequence.done, count)
-                budget = self.limits.max_batch_tokens - sum(row.count for row in rows.values())
-        plan.rows = list(rows.values())
+            count = budget.room(sequence)
+            if count > 0 and self._reserve(sequence, sequence.done + count, plan, budget):
+                budget.add(Row(sequence, sequence.done, count))
+        self._speculate(budget)
+        plan.rows = list(budget.rows.values())
+        self._request_loads(plan)  # last, because a plan that is never returned must have promised no load
         return plan
+
+    def _speculate(self, budget: StepBudget) -> None:
+        """Let greedy rows verify guesses with what is left of the step. Takes blocks only if they are free."""
+        if not self.limits.speculate:
+            return
+        for sequence, row in list(budget.rows.items()):
+            if not may_speculate(sequence):
+                continue
+            room = min(budget.extra, sequence.sampling.max_new_tokens - sequence.generated - 1)
+            draft = self._speculation.guess(sequence, room) if room > 0 else ()
+            if draft and (draft := draft[: self._free_room(sequence, len(draft))]):
+                budget.add(Row(sequence, row.start, 1 + len(draft), draft))
+
+    def _free_room(self, sequence: Sequence, count: int) -> int:
+        """Positions behind its next one, at most `count`, for which it has or gets blocks without anybody's loss."""
+        need = self.pages.blocks_for(len(sequence.ids) + count) - len(sequence.blocks)
+        if need > 0 and (blocks := self.pages.allocate(need)) is not None:
+            sequence.blocks += blocks
+        return max(0, min(count, len(sequence.blocks) * self.pages.block_size - len(sequence.ids)))
 
     def advance(self, rows: list[Row], samples: Mapping[Sequence, Sample]) -> None:
         """Book one step's results: `samples` has one entry for each row with `samples` or prompt scores."""
@@ -163,7 +186,7 @@ class Scheduler:
             sequence = row.sequence
             if sequence.request is not None and sequence.request.id not in self._by_id:
                 continue  # cancelled while the step ran
-            sequence.done += row.count
+            sequence.done += row.count - len(row.draft)
             if sequence.request is None:
                 self._prefix_advanced(sequence)
                 continue
@@ -171,7 +194,7 @@ class Scheduler:
             if sample is None:
                 continue
             if sequence.request.task == "generate":
-                self._sampled(sequence, sample, row.samples)
+                self._sampled(sequence, sample, row)
             else:
                 self._scored(sequence, sequence.request, sample, row)
 
@@ -215,11 +238,24 @@ class Scheduler:
     def _place_adapters(self, sequence: Sequence, plan: Plan) -> _Admission:
         if not all(self.residency.is_available(d) for d in sequence.adapters):
             return _Admission.PASS
-        for digest in sequence.adapters:
-            if not self.residency.is_resident(digest) and not self._place(digest, sequence.adapters, plan):
+        missing = [d for d in sequence.adapters if not self.residency.is_resident(d)]
+        if missing and not self._fit_together(sequence):
+            return _Admission.PASS
+        for digest in missing:
+            if not self._place(digest, sequence.adapters, plan):
                 sequence.passed += 1
                 return _Admission.STOP if sequence.passed > self.limits.patience else _Admission.PASS
-        return _Admission.ADMITTED
+        placed = all(self.residency.is_resident(d) for d in sequence.adapters)  # one may have gone for another
+        return _Admission.ADMITTED if placed else _Admission.PASS
+
+    def _fit_together(self, sequence: Sequence) -> bool:
+        """Ends a sequence whose adapters are more than the device's memory for adapters; each alone is not."""
+        budget = self.residency.budget
+        if budget is None or len(sequence.adapters) < 2 or (needed := self.residency.needed(sequence.adapters)) <= budget:
+            return True
+        what = f"`compose` needs {needed} bytes of device memory for its adapters"
+        self.fail_sequence(sequence, ValidationError(f"{what}, this server has {budget}"))
+        return False
 
     def _place(self, digest: Digest, keep: Collection[Digest], plan: Plan) -> bool:
         """Move a loaded adapter into slots, if it is loaded and some are free or can be freed."""
@@ -350,7 +386,7 @@ class Scheduler:
 
     # -- blocks --------------------------------------------------------------------------------------------------
 
-    def _reserve(self, sequence: Sequence, positions: int, plan: Plan, rows: dict[Sequence, Row]) -> bool:
+    def _reserve(self, sequence: Sequence, positions: int, plan: Plan, budget: StepBudget) -> bool:
         """Blocks for the first `positions` positions; preempts the youngest until there are enough."""
         need = self.pages.blocks_for(positions) - len(sequence.blocks)
         while need > 0:
@@ -360,7 +396,7 @@ class Scheduler:
                 break
             victim = next(reversed(self.running))
             self._preempt(victim)
-            rows.pop(victim, None)
+            budget.drop(victim)
             plan.preempted += 1
             if victim is sequence:
                 return False
@@ -422,28 +458,41 @@ class Scheduler:
             self._leave(build)
             self._prefixes[build.seed].ready = True
 
-    def _sampled(self, sequence: Sequence, sample: Sample, is_next: bool) -> None:
+    def _sampled(self, sequence: Sequence, sample: Sample, row: Row) -> None:
         request = sequence.request
         if request is None:
             return
         if sample.prompt:
             sequence.scored += len(sample.prompt)
             self._outbox.append(Event(request.id, prompt=sample.prompt))
-        if not is_next:
+        if not row.samples:
             return
         if sample.token is None:
             error = GenerationError("the adapter produced values that are not finite")
             self.fail(request.id, error)
             return
-        # Published only now: what led to a finite token may be shared, what led to NaN never is.
+        self._speculation.learn(sequence, len(row.draft), len(sample.more))
+        tokens, finish = self._append(sequence, (sample.token, *sample.more))
+        # Published only now: what led to a finite token may be shared, what led to NaN never is, nor is a wrong guess.
         self._publish_blocks(sequence)
-        sequence.ids.append(sample.token.id)
-        finish = self._finish_reason(sequence, sample.token)
-        event = self._token_event(sequence, request, sample.token, finish)
+        event = self._token_event(sequence, request, tokens, finish)
         if finish is None:
             self._outbox.append(event)
         else:
             self._finish(sequence, event)
+
+    def _append(self, sequence: Sequence, tokens: tuple[Token, ...]) -> tuple[tuple[Token, ...], FinishReason | None]:
+        """Take tokens up to the one that ends the sequence, if one does; the last one taken is still to be computed."""
+        taken: list[Token] = []
+        finish = None
+        for token in tokens:
+            sequence.ids.append(token.id)
+            taken.append(token)
+            finish = self._finish_reason(sequence, token)
+            if finish is not None:
+                break
+        sequence.done = len(sequence.ids) - 1
+        return tuple(taken), finish
 
     def _scored(self, sequence: Sequence, request: Request, sample: Sample, row: Row) -> None:
         """Collect a chunk's scores; the last chunk's complete the request."""
@@ -464,12 +513,14 @@ class Scheduler:
             )
             self._finish(sequence, event)
 
-    def _token_event(self, sequence: Sequence, request: Request, token: Token, finish: FinishReason | None) -> Event:
+    def _token_event(
+        self, sequence: Sequence, request: Request, tokens: tuple[Token, ...], finish: FinishReason | None
+    ) -> Event:
         first = not sequence.started
         sequence.started = True
         return Event(
             request.id,
-            tokens=(token,),
+            tokens=tokens,
             finish=finish,
             cached_tokens=sequence.cached,
             queue_seconds=sequence.admitted_at - request.arrival if first else None,

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from .base import Method
 from .bitfit import BitFit
 from .bottleneck import Bottleneck
+from .bottleneck import Kernel as BottleneckKernel
 from .discrete_prompt import DiscretePrompt
 from .dora import Dora
 from .full import Full
@@ -24,8 +25,10 @@ from .prompt_tuning import CPT, MultitaskPromptTuning, PromptTuning, PTuning
 from .trainable_tokens import TrainableTokens
 
 
-def build_methods(kernel: Kernel | None = None, linear: MakeLinear | None = None) -> Mapping[str, Method]:
-    """The families, with LoRA's arithmetic done by `kernel` where one is given."""
+def build_methods(
+    kernel: Kernel | None = None, linear: MakeLinear | None = None, bottleneck: BottleneckKernel | None = None
+) -> Mapping[str, Method]:
+    """The families; where they are given, `kernel` does LoRA's products, `linear` whole matrices', `bottleneck` theirs."""
     families: tuple[Method, ...] = (
         Lora(kernel),
         Dora(kernel),
@@ -34,7 +37,7 @@ def build_methods(kernel: Kernel | None = None, linear: MakeLinear | None = None
         LnTuning(),
         Full(linear),
         TrainableTokens(linear),
-        Bottleneck(),
+        Bottleneck(bottleneck),
         PrefixTuning(),
         PromptTuning(),
         PTuning(),

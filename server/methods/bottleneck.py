@@ -14,9 +14,10 @@ library's options give which `Form` is the dialect reader's business.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import ClassVar, Self, cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,12 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from .activations import ACTIVATIONS, activation_of
-from .base import BaseShape, Checkpoint, Limits, Method, Op, Part, Rows, Sublayer, Tensors, check_shape
-from .grouped import Pool, Split, split_of
+from .base import BaseShape, Checkpoint, Limits, Method, Op, Part, Rows, Run, Sublayer, Tensors, check_shape
+from .grouped import Pool, RunsOp, Split, per_row, split_of
+
+#: kernel(activation, (down, down_bias, up, up_bias), rows, own) -> run(x, y), which adds the rows' branches of x (where
+#: `own`: of y itself) to y, a row's bits depending on no other row; down and up [S, b, H], biases [S, b] and [S, H].
+Kernel = Callable[[str, Sequence[Tensor], Rows, bool], Run]
 
 #: What the down projection reads: the sublayer's output, output + residual, or (parallel adapters) the residual alone.
 READS = ("output", "sum", "residual")
@@ -65,10 +70,13 @@ class Form:
 
 
 class Bottleneck(Method):
-    """Bottleneck adapters at the exits of attention and feed-forward sublayers."""
+    """Bottleneck adapters at sublayers' exits; `kernel` replaces the torch arithmetic where one is given."""
 
     name: ClassVar[str] = "bottleneck"
     served: ClassVar[str] = "after the attention's and feed-forward's exits"
+
+    def __init__(self, kernel: Kernel | None = None) -> None:
+        self.kernel = kernel
 
     def read(self, checkpoint: Checkpoint, base: BaseShape, limits: Limits) -> Part:
         if not checkpoint.sites:
@@ -81,7 +89,7 @@ class Bottleneck(Method):
 
     def op(self, part: Part, module: str, base: BaseShape, device: torch.device, dtype: torch.dtype) -> Op:
         form = Form.parse(str(part.pool))
-        return BottleneckOp(form, base.hidden_size, _sublayer(base, module).residual, device, dtype)
+        return BottleneckOp(form, base.hidden_size, _sublayer(base, module).residual, device, dtype, self.kernel)
 
 
 def _sublayer(base: BaseShape, module: str) -> Sublayer:
@@ -151,36 +159,33 @@ def _fold(module: str, tensors: Tensors) -> dict[str, Tensor]:
     return site
 
 
-@dataclass(frozen=True)
-class _Weights:
-    """Of one slot (down [b, H], biases and norm [b] or [H]), or gathered for m rows (the same with a leading m)."""
-
-    down: Tensor
-    down_bias: Tensor
-    up: Tensor
-    up_bias: Tensor
-    norm_weight: Tensor | None
-    norm_bias: Tensor | None
-
-
-class BottleneckOp(Op):
+class BottleneckOp(RunsOp):
     """Semantics: y'[t] = y[t] + up[s] @ act(down[s] @ x[t] + b[s]) + c[s] + skip * r[t], s the slot of row t.
 
     x[t] is y[t], y[t] + r[t] or r[t], normalised first in a form with norm_before; with norm_after the branch (all that
     is added to y but skip * r) goes through a LayerNorm of its own.
 
-    down [slots, b, H] and up [slots, H, b] are zero padded from the adapter's width to b, which is exact for every
-    activation: the columns of `up` that meet the padding are zero.
+    down and (transposed) up [slots, b, H] are zero padded from the adapter's width to b, which is exact for every
+    activation: the rows of `up` that meet the padding are zero.
     A slot nobody was put into is skipped, not computed: no choice of weights makes a form with `skip` the identity.
     """
 
     order: ClassVar[int] = 40
 
-    def __init__(self, form: Form, hidden: int, residual: str, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        form: Form,
+        hidden: int,
+        residual: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        kernel: Kernel | None = None,
+    ) -> None:
+        super().__init__()
         self.form = form
+        self.kernel = kernel
         self._residual = residual
-        self._live: set[int] = set()
-        shapes = {"down": (form.width, hidden), "down_bias": (form.width,), "up": (hidden, form.width), "up_bias": (hidden,)}
+        shapes = {"down": (form.width, hidden), "down_bias": (form.width,), "up": (form.width, hidden), "up_bias": (hidden,)}
         if form.norm_after:
             shapes |= {"norm_after_weight": (hidden,), "norm_after_bias": (hidden,)}
         self._pools = {name: Pool(shape, 0.0, device, dtype) for name, shape in shapes.items()}
@@ -199,60 +204,85 @@ class BottleneckOp(Op):
 
     def put(self, slot: int, tensors: Tensors) -> None:
         self.clear(slot)
-        width = len(tensors["down"])
         for name, tensor in tensors.items():
-            place = self._pools[name].tensor[slot]
-            narrow = {"down": place[:width], "down_bias": place[:width], "up": place[..., :width]}
-            narrow.get(name, place).copy_(tensor)
-        self._live.add(slot)
+            stored = tensor.T if name == "up" else tensor
+            self._pools[name].tensor[slot, : len(stored)] = stored
+        self._held.add(slot)
 
     def clear(self, slot: int) -> None:
-        self._live.discard(slot)
+        self._held.discard(slot)
         for pool in self._pools.values():
             pool.clear(slot)
 
-    def after(self, x: Tensor, y: Tensor, rows: Rows) -> Tensor:
-        split, gathered = self._work(rows, y.dtype)
+    def prepare(self, rows: Rows) -> Sequence[Run]:
+        form = self.form
+        if self.kernel is None:
+            return (partial(self._torch, rows, _Gathered(self._pools, split_of(rows))),)
+        weights = tuple(self._pools[name].tensor for name in ("down", "down_bias", "up", "up_bias"))
+        if form.reads == "output" and not (form.skip or form.norm_before or form.norm_after):
+            return (self.kernel(form.activation, weights, rows, True),)
+        return (partial(self._native, rows, self.kernel(form.activation, weights, rows, False)),)
+
+    def _native(self, rows: Rows, add: Run, x: Tensor, y: Tensor) -> None:
+        """Per row throughout: elementwise arithmetic, LayerNorms and `add`, none of which looks at other rows."""
+        form = self.form
+        residual = rows.taps[self._residual] if self.taps else y
+        given = self._read(y, residual)
+        if not form.norm_after:
+            add(given.contiguous(), y)
+        else:
+            branch = torch.zeros_like(y)
+            add(given.contiguous(), branch)
+            norm = ("norm_after_weight", "norm_after_bias")
+            weight, bias = (per_row(self._pools[name].tensor, rows, (self, name)) for name in norm)
+            rows.store(y, rows.take(y) + (_normalised(rows.take(branch)) * weight + bias))
+        if form.skip:
+            rows.store(y, torch.add(rows.take(y), rows.take(residual), alpha=form.skip))
+
+    def _torch(self, rows: Rows, weights: _Gathered, x: Tensor, y: Tensor) -> None:
+        """Products of torch's over groups of rows: their bits may depend on how many rows share them."""
         residual = rows.taps[self._residual] if self.taps else None
-        for slot, where in split.long:
-            y[where] = self._bend(y[where], residual, where, self._weights(slot, y.dtype))
-        if split.short is not None and gathered is not None:
-            y[split.short] = self._bend(y[split.short], residual, split.short, gathered)
-        return y
+        for slot, where in weights.split.long:
+            y[where] = self._bend(y[where], residual, where, weights.of(slot, y.dtype))
+        if weights.split.short is not None:
+            y[weights.split.short] = self._bend(y[weights.split.short], residual, weights.split.short, weights.short(y.dtype))
 
-    def _work(self, rows: Rows, dtype: torch.dtype) -> tuple[Split, _Weights | None]:
-        """This op's rows, and the weights its short groups share, found once per composition."""
-        kept = rows.scratch.get(self)
-        if kept is None:
-            groups = tuple(group for group in rows.groups if group[0] in self._live)
-            split = split_of(rows if groups == rows.groups else replace(rows, groups=groups, scratch={}))
-            kept = split, None if split.short is None else self._weights(split.slots, dtype)
-            rows.scratch[self] = kept
-        return cast("tuple[Split, _Weights | None]", kept)
-
-    def _weights(self, slots: int | slice | Tensor, dtype: torch.dtype) -> _Weights:
-        held = {name: pool.tensor[slots].to(dtype) for name, pool in self._pools.items()}
-        return _Weights(
-            held["down"],
-            held["down_bias"],
-            held["up"],
-            held["up_bias"],
-            held.get("norm_after_weight"),
-            held.get("norm_after_bias"),
-        )
-
-    def _bend(self, y: Tensor, residual: Tensor | None, where: slice | Tensor, weights: _Weights) -> Tensor:
+    def _bend(self, y: Tensor, residual: Tensor | None, where: slice | Tensor, held: Tensors) -> Tensor:
         """y [n, H] -> [n, H]; residual [T, H] is of the whole step, `where` picks its n rows."""
         r = residual[where] if residual is not None else y
-        x = r if self.form.reads == "residual" else y + r if self.form.reads == "sum" else y
-        if self.form.norm_before:
-            x = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
-        hidden = ACTIVATIONS[self.form.activation](_project(x, weights.down, weights.down_bias))
-        branch = _project(hidden, weights.up, weights.up_bias)
-        if weights.norm_weight is not None and weights.norm_bias is not None:
-            branch = F.layer_norm(branch, branch.shape[-1:], eps=NORM_EPS) * weights.norm_weight + weights.norm_bias
+        hidden = ACTIVATIONS[self.form.activation](_project(self._read(y, r), held["down"], held["down_bias"]))
+        branch = _project(hidden, held["up"].transpose(-1, -2), held["up_bias"])
+        if self.form.norm_after:
+            branch = _normalised(branch) * held["norm_after_weight"] + held["norm_after_bias"]
         out = y + branch
         return torch.add(out, r, alpha=self.form.skip) if self.form.skip else out
+
+    def _read(self, y: Tensor, r: Tensor) -> Tensor:
+        """What the down projection reads, of the same rows."""
+        x = r if self.form.reads == "residual" else y + r if self.form.reads == "sum" else y
+        return _normalised(x) if self.form.norm_before else x
+
+
+class _Gathered:
+    """Pools as torch's products take them: of one slot (down [b, H] ...), or gathered for m rows (with a leading m)."""
+
+    def __init__(self, pools: Mapping[str, Pool], split: Split) -> None:
+        self._pools = pools
+        self.split = split
+        self._short: dict[str, Tensor] | None = None
+
+    def of(self, slots: int | slice | Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {name: pool.tensor[slots].to(dtype) for name, pool in self._pools.items()}
+
+    def short(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The weights that the short groups share, gathered once."""
+        if self._short is None:
+            self._short = self.of(self.split.slots, dtype)
+        return self._short
+
+
+def _normalised(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Batch: a plan's rows become the tensors of a `Step`. Index arithmetic in numpy, one copy to the device each.
+"""Batch: a plan's rows become the tensors of a `Step`. Index arithmetic in numpy, in buffers kept from step to step.
 
 Owns the order of rows in a step and the cache of what depends only on its composition. Runs no model.
 
@@ -8,9 +8,11 @@ Owns the order of rows in a step and the cache of what depends only on its compo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +22,58 @@ from ..engine.plan import Row
 from ..methods.base import Rows
 from .step import Step
 
-_Composition = tuple[tuple[tuple[tuple[str, int], ...], int, int], ...]  # of each row: slots, tokens, kept tokens
 _Run = tuple[int, int, int]  # slot, first token, count
+_Key = tuple[tuple[tuple[tuple[str, int], ...], int, int], ...]  # of each row: slots, tokens, kept tokens
+
+_KNOWN = 8  # compositions remembered
+_ADAPTED_KNOWN = 2  # of these, such as have adapters: ops may have gathered weights for them
 
 
 def order_rows(rows: Sequence[Row]) -> list[Row]:
     """Decode rows before prefill rows, each sorted by (pool, slot)."""
     return sorted(rows, key=lambda row: (row.count > 1, sorted(row.sequence.slots.items())))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What depends on a composition alone."""
+
+    rows: dict[str, Rows]
+    kept_rows: dict[str, Rows]
+    memo: dict[object, object] = field(default_factory=dict)
+
+
+class BlockTables:
+    """Block lists of a step's rows as one array; a row is written only where its list is another or has grown."""
+
+    def __init__(self) -> None:
+        self._table = np.zeros((0, 0), np.int32)
+        self._lists: list[list[int]] = []  # what each row was written from, held so that none is taken for another
+        self._written: list[int] = []  # how much of it
+
+    def fill(self, lists: Sequence[list[int]]) -> NDArray[np.int32]:
+        """-> [R, at least the longest list], the rest of each row being the null block. Lists may have grown in place."""
+        widest = max(map(len, lists))
+        if len(lists) > len(self._table) or widest > self._table.shape[1]:
+            self._grow(len(lists), widest)
+        for i, blocks in enumerate(lists):
+            known = self._written[i]
+            if self._lists[i] is not blocks:
+                self._lists[i], known = blocks, 0
+                self._table[i] = 0
+            if len(blocks) > known:
+                self._table[i, known : len(blocks)] = blocks[known:]
+            self._written[i] = len(blocks)
+        return self._table[: len(lists)]
+
+    def _grow(self, rows: int, width: int) -> None:
+        """At first exactly what is needed, later twice what there was: the table is written anew each time."""
+        held_rows, held_width = self._table.shape
+        rows = rows if rows <= held_rows else max(rows, 2 * held_rows)
+        width = width if width <= held_width else max(width, 2 * held_width)
+        self._table = np.zeros((max(rows, held_rows), max(width, held_width)), np.int32)
+        self._lists = [[] for _ in self._table]
+        self._written = [0] * len(self._table)
 
 
 @dataclass
@@ -38,59 +85,103 @@ class BatchBuilder:
     device: torch.device
 
     def __post_init__(self) -> None:
-        self._composition: _Composition = ()
+        self._composition: list[tuple[Mapping[str, int], int, int]] = []  # of each row: slots, tokens, kept tokens
+        self._known: OrderedDict[_Key, _Known] = OrderedDict()  # the latest last
+        self._tables = BlockTables()
+        self._buffers: dict[str, NDArray[Any]] = {}
 
     def fill(self, rows: Sequence[Row], keep: Sequence[int]) -> None:
-        """`rows` in the order of `order_rows`; `keep` indexes tokens of the step."""
-        step = self.step
-        counts = np.fromiter((row.count for row in rows), np.int64, len(rows))
-        starts = np.fromiter((row.start for row in rows), np.int64, len(rows))
-        ends = counts.cumsum()
-        row_of = np.repeat(np.arange(len(rows)), counts)
-        positions = np.arange(int(ends[-1])) - (ends - counts - starts)[row_of]
-        tables = self._tables(rows)
-        write = tables[row_of, positions // self.block_size].astype(np.int64) * self.block_size
-        ids = np.fromiter(
-            (i for row in rows for i in row.sequence.ids[row.start : row.start + row.count]), np.int64, len(positions)
-        )
-        contexts = starts + counts
-        step.ids = self._put(np.maximum(ids, 0))  # virtual positions have no id; their embedding is put in later
-        shifts = np.fromiter((row.sequence.shift for row in rows), np.int64, len(rows))
-        step.positions = self._put(positions - shifts[row_of])
-        step.write = self._put(write + positions % self.block_size)
-        step.tables = self._put(tables)
-        step.starts = self._put(np.concatenate(([0], ends)).astype(np.int32))
-        step.contexts = self._put(contexts.astype(np.int32))
-        step.keep = self._put(np.asarray(keep, np.int64))
-        begins = (ends - counts).tolist()
-        step.spans = tuple(zip(begins, ends.tolist(), contexts.tolist(), strict=True))
-        step.decodes = int((counts == 1).sum())
+        """`rows` in the order of `order_rows`; `keep` indexes tokens of the step.
+
+        On the CPU the step's tensors are this builder's buffers: they hold until the next call.
+        """
+        step, number = self.step, len(rows)
+        starts = self._buffer("begins", np.int64, number)
+        counts = self._buffer("counts", np.int64, number)
+        starts[:] = [row.start for row in rows]
+        counts[:] = [row.count for row in rows]
+        bounds = self._buffer("starts", np.int32, number + 1)
+        bounds[0] = 0
+        np.cumsum(counts, out=bounds[1:])
+        contexts = self._buffer("contexts", np.int32, number)
+        np.add(starts, counts, out=contexts, casting="unsafe")
+        key_starts = self._buffer("key_starts", np.int32, number + 1)
+        key_starts[0] = 0
+        np.cumsum(contexts, out=key_starts[1:])
+        begins, ends = bounds[:-1].tolist(), bounds[1:].tolist()
+        kept = self._buffer("keep", np.int64, len(keep))
+        kept[:] = keep
+        self._fill_tokens(rows, starts, counts, begins)
+        step.starts = self._put(bounds)
+        step.contexts = self._put(contexts)
+        step.key_starts = self._put(key_starts)
+        step.keep = self._put(kept)
+        step.spans = tuple(zip(begins, ends, contexts.tolist(), strict=True))
+        step.decodes = number if ends[-1] == number else int((counts == 1).sum())
         step.taps.clear()
-        kept = np.searchsorted(np.asarray(keep, np.int64), np.concatenate((begins, ends[-1:])))
-        self._fill_pools(rows, begins, kept.tolist())
+        self._fill_pools(rows, begins, np.searchsorted(kept, bounds).tolist())
 
     def forget_composition(self) -> None:
         """Slots changed hands: what was gathered from them is stale."""
-        self._composition = ()
+        self._composition = []
+        self._known.clear()
 
-    def _tables(self, rows: Sequence[Row]) -> NDArray[np.int32]:
-        """[R, longest block list], padded with the null block."""
-        tables = np.zeros((len(rows), max(len(row.sequence.blocks) for row in rows)), np.int32)
-        for i, row in enumerate(rows):
-            tables[i, : len(row.sequence.blocks)] = row.sequence.blocks
-        return tables
+    def _fill_tokens(
+        self, rows: Sequence[Row], starts: NDArray[np.int64], counts: NDArray[np.int64], begins: Sequence[int]
+    ) -> None:
+        """What there is one of per token: ids, positions, and places in the cache."""
+        step, size, tables = self.step, self.block_size, self._tables.fill([row.sequence.blocks for row in rows])
+        total = begins[-1] + rows[-1].count
+        ids, positions, write = (self._buffer(name, np.int64, total) for name in ("ids", "positions", "write"))
+        ids[:] = _ids(rows, total)
+        np.maximum(ids, 0, out=ids)  # virtual positions have no id; their embedding is put in later
+        row_of, places = self._places(starts, counts, begins, total)
+        write[:] = tables[row_of, places // size]
+        write *= size
+        write += places % size
+        np.subtract(places, np.asarray([row.sequence.shift for row in rows])[row_of], out=positions)
+        step.ids, step.positions, step.write = self._put(ids), self._put(positions), self._put(write)
+        step.tables = self._put(tables)
+
+    def _places(
+        self, starts: NDArray[np.int64], counts: NDArray[np.int64], begins: Sequence[int], total: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Of each token: its row, and its place in that row's sequence."""
+        if total == len(counts):  # a step of decodes
+            return np.arange(total), starts
+        row_of = np.repeat(np.arange(len(counts)), counts)
+        return row_of, np.arange(total) + (starts - begins)[row_of]
+
+    def _buffer(self, name: str, dtype: type[np.generic], length: int) -> NDArray[Any]:
+        """The first `length` elements of a buffer that only ever grows."""
+        held = self._buffers.get(name)
+        if held is None or len(held) < length:
+            held = self._buffers[name] = np.empty(2 * length, dtype)
+        return held[:length]
 
     def _fill_pools(self, rows: Sequence[Row], begins: Sequence[int], kept: Sequence[int]) -> None:
         """`kept[i]` is row i's first place in `keep`, `kept[i + 1]` the one after its last."""
         kept_counts = [last - first for first, last in pairwise(kept)]
-        composition = tuple(
-            (tuple(row.sequence.slots.items()), row.count, count) for row, count in zip(rows, kept_counts, strict=True)
-        )
-        if composition == self._composition:
+        composition = [(row.sequence.slots, row.count, count) for row, count in zip(rows, kept_counts, strict=True)]
+        if composition == self._composition:  # mappings that are the same object are not even looked into
             return
-        self.step.rows = self._pools(rows, begins, [row.count for row in rows])
-        self.step.kept_rows = self._pools(rows, kept[:-1], kept_counts)
+        key = tuple((tuple(sorted(slots.items())), count, kept) for slots, count, kept in composition)
+        known = self._known.pop(key, None)
+        if known is None:
+            counts = [row.count for row in rows]
+            known = _Known(self._pools(rows, begins, counts), self._pools(rows, kept[:-1], kept_counts))
+        self._remember(key, known)
+        self.step.rows, self.step.kept_rows, self.step.memo = known.rows, known.kept_rows, known.memo
         self._composition = composition
+
+    def _remember(self, key: _Key, known: _Known) -> None:
+        """Keep the last few compositions: prompts and guesses come and go beside the same decodes."""
+        self._known[key] = known
+        adapted = [each for each, one in self._known.items() if one.rows]
+        for old in adapted[:-_ADAPTED_KNOWN]:
+            del self._known[old]
+        while len(self._known) > _KNOWN:
+            self._known.popitem(last=False)
 
     def _pools(self, rows: Sequence[Row], begins: Sequence[int], counts: Sequence[int]) -> dict[str, Rows]:
         runs: dict[str, list[_Run]] = {}
@@ -113,7 +204,20 @@ class BatchBuilder:
         )
 
     def _put(self, array: NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device)
+        host = torch.from_numpy(array)
+        # From pinned memory, in a copy of its own, the host does not wait for the device, nor the device for this buffer.
+        return host.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else host.to(self.device)
+
+
+def _ids(rows: Sequence[Row], total: int) -> list[int]:
+    """Of every token of the step, guesses included."""
+    if total == len(rows):
+        return [row.sequence.ids[row.start] for row in rows]
+    ids: list[int] = []
+    for row in rows:
+        ids += row.sequence.ids[row.start : row.start + row.count]
+        ids += row.draft
+    return ids
 
 
 def _groups(runs: Sequence[_Run]) -> tuple[tuple[int, int, int], ...]:

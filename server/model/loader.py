@@ -27,6 +27,7 @@ from ..methods.base import BaseShape, ModuleShape
 from ..methods.layout import sublayers
 from .attention import NAME, AttentionShape, UnsupportedModelError, probe
 from .linear import PackedModule
+from .quantized import QuantizedModule
 from .scales import embedding_gain, norm_offset
 
 _CHUNK = 1 << 24
@@ -52,11 +53,16 @@ class Base:
 
 
 def load_base(
-    directory: Path, device: torch.device, dtype: torch.dtype, prepare: Callable[[nn.Module], None] | None = None
+    directory: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    prepare: Callable[[nn.Module], None] | None = None,
+    int8: bool = False,
 ) -> Base:
     """Load a decoder from local safetensors and check that it can be served. `dtype` is the activations'.
 
-    `prepare` may then swap modules for packed or fused ones of the same arithmetic.
+    `prepare` may then swap modules for packed or fused ones of the same arithmetic, or (`int8`) for rounded ones: another
+    base, whose digest differs.
 
     Raises: UnsupportedModelError when it is no decoder, lacks weights, or its attention is not understood.
     """
@@ -77,7 +83,8 @@ def load_base(
     model, report = cast("tuple[nn.Module, dict[str, set[Any]]]", loaded)
     _check_complete(directory, report)
     nn.Module.to(model, device)
-    return make_base(model, digest_of(directory), device, dtype, prepare)
+    digest = digest_of(directory)
+    return make_base(model, rounded(digest) if int8 else digest, device, dtype, prepare)
 
 
 @contextmanager
@@ -179,14 +186,23 @@ def digest_of(directory: Path) -> Digest:
     return Digest(total.hexdigest())
 
 
+def rounded(digest: Digest) -> Digest:
+    """The digest of a base whose linear layers are held in int8: its keys and values are not those of the base itself."""
+    return Digest.of(f"{digest} int8 per output channel".encode())
+
+
 def weight_of(model: nn.Module, name: str) -> Tensor:
     """A module's weight as an fp32 copy on the CPU, [out, in] also where the base stores its transpose or packed panels.
+
+    What the base multiplies with: of a linear layer in int8, the rounded weight.
 
     Raises: AttributeError when there is no such module or it has no weight.
     """
     module = model.get_submodule(name)
     if isinstance(module, PackedModule):
         return module.packed.unpack().to(torch.float32, copy=True)
+    if isinstance(module, QuantizedModule):
+        return module.unpack().cpu()
     weight = cast("Tensor", module.weight).detach()
     if isinstance(module, Conv1D):
         weight = weight.T

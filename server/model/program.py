@@ -133,14 +133,28 @@ class Frame:
         return self.words
 
 
+@dataclass(frozen=True)
+class _Written:
+    """A program, None where there can be none, and what it was written for."""
+
+    rows: dict[str, Rows]
+    tokens: int
+    grown: int
+    layer: LayerAttention
+    program: Tensor | None
+
+    def holds(self, rows: dict[str, Rows], tokens: int, grown: int, layer: LayerAttention) -> bool:
+        return self.rows is rows and self.layer is layer and (self.tokens, self.grown) == (tokens, grown)
+
+
 class LayerProgram:
-    """One layer's instructions for the current composition. Invariant: a program is used only with what it was written for."""
+    """One layer's instructions, for each composition that the batch remembers.
+
+    Invariant: a program is used only with what it was written for.
+    """
 
     def __init__(self, parts: LayerParts, native: NativeKernels, space: Space, frame: Frame) -> None:
         self._parts, self._native, self._space, self._frame = parts, native, space, frame
-        self._key: tuple[object, ...] = ()
-        self._rows: dict[str, Rows] | None = None
-        self._program: Tensor | None = None
 
     def run(self, hidden: Tensor, turn: Turn) -> bool:
         """Run the layer in place on hidden [1, T, H]; False where it has to be run as modules, hidden being untouched."""
@@ -151,13 +165,13 @@ class LayerProgram:
             return False
         step, tokens = layer.step, hidden.shape[1]
         # The dict of rows is a new one for every composition, and hooks come and go between compositions only.
-        key = (tokens, self._space.grown, layer)
-        if self._rows is not step.rows or self._key != key:
-            self._program = self._write(layer, tokens)
-            self._rows, self._key = step.rows, (tokens, self._space.grown, layer)
-        if self._program is None:
+        written = cast("_Written | None", step.memo.get(self))
+        if written is None or not written.holds(step.rows, tokens, self._space.grown, layer):
+            program = self._write(layer, tokens)
+            written = step.memo[self] = _Written(step.rows, tokens, self._space.grown, layer, program)
+        if written.program is None:
             return False
-        self._native.layer(self._program, self._frame.of(step, hidden, turn))
+        self._native.layer(written.program, self._frame.of(step, hidden, turn))
         return True
 
     def _write(self, layer: LayerAttention, tokens: int) -> Tensor | None:
@@ -169,10 +183,8 @@ class LayerProgram:
             instructions = _instructions(self._parts, layer, tokens, self._space)
         if instructions is None:
             return None
-        program = torch.zeros(len(instructions), library.INSTRUCTION_WORDS, dtype=torch.int64)
-        for row, words in zip(program, instructions, strict=True):
-            row[: len(words)] = torch.tensor(words)
-        return program
+        width = library.INSTRUCTION_WORDS
+        return torch.tensor([(*words, *(0,) * (width - len(words))) for words in instructions], dtype=torch.int64)
 
 
 def _instructions(parts: LayerParts, layer: LayerAttention, tokens: int, space: Space) -> list[Words] | None:

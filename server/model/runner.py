@@ -21,8 +21,10 @@ from ..engine.plan import Change, Copy, Evict, Fill, Put, Row, Sample
 from ..engine.plan import Sequence as Seq
 from ..methods.base import Adapter, Method, Prefix
 from ..requests import Task, Token
+from ..step_times import StepTimes
 from .attention import LayerAttention, PagedAttention, WriteKV, bind, torch_attention, torch_write
 from .batch import BatchBuilder, order_rows
+from .graphs import DecodeGraphs, GraphLimits, Record
 from .loader import Base
 from .readout import Readout
 from .sampling import SampleRow, sample, score_prompt
@@ -60,16 +62,22 @@ class Runner:
     ) -> None:
         shape = base.shape
         self.base = base
+        self.times = StepTimes()  # shared with whoever calls `run`
         self.step = Step()
         self.sites = Sites(base.model, shape, self.step, methods, base.device, base.dtype)
         size = (2, cache.blocks, cache.block_size, shape.num_kv_heads, shape.head_dim)
         self._caches = [_zeros(size, base.device, base.dtype) for _ in range(shape.num_layers)]
         self._batch = BatchBuilder(self.step, cache.block_size, base.device)
         self._embed = base.model.get_input_embeddings()  # type: ignore[operator]
+        self._graphs: DecodeGraphs | None = None
         self._prefixes: dict[Digest, Prefix] = {}
         self._adapter_bytes: int | None = None  # until asked for again after a change
         self._readout = Readout(base.model, base.device)
         bind(base.attention, [LayerAttention(kv[0], kv[1], self.step, attention, write) for kv in self._caches])
+
+    def use_graphs(self, record: Record, limits: GraphLimits) -> None:
+        """From now on, steps of decodes are recorded once and replayed. The cache must have the limits' spare block."""
+        self._graphs = DecodeGraphs(self.step, self.sites, lambda: self._logits(None), limits, record)
 
     @property
     def adapter_bytes(self) -> int:
@@ -125,18 +133,21 @@ class Runner:
                 padded[: prefix.length] = stored[layer].to(cache)
                 cache[half][at] = padded.view(len(blocks), *cache.shape[2:])
 
+    def scratch_blocks(self, positions: int) -> list[int]:
+        """Blocks for a sequence of so many positions that nobody waits for, while nothing else runs: always the same ones."""
+        return list(range(1, 1 - -positions // self._caches[0].shape[2]))
+
     def warm_up(self, tokens: int) -> int:
         """One pass over `tokens` tokens before anybody waits for one; returns the bytes of cache it wrote.
 
         Threads start and buffers grow to a full step's size, so that what the process holds afterwards is what it needs.
         """
-        cache = self._caches[0]
-        blocks = min(-(-tokens // cache.shape[2]), cache.shape[1] - 1)
-        count = min(tokens, blocks * cache.shape[2])
-        sequence = Seq(None, (), b"", 0, [0] * count, count, blocks=list(range(1, blocks + 1)))
-        self.run([Row(sequence, 0, count)])
+        blocks, size = self._caches[0].shape[1:3]
+        count = min(tokens, (blocks - 1) * size)
+        scratch = self.scratch_blocks(count)
+        self.run([Row(Seq(None, (), b"", 0, [0] * count, count, blocks=scratch), 0, count)])
         self._batch.forget_composition()
-        return blocks * block_nbytes(self.base, cache.shape[2])
+        return len(scratch) * block_nbytes(self.base, size)
 
     # -- a forward pass ------------------------------------------------------------------------------------------
 
@@ -148,14 +159,23 @@ class Runner:
         begins = list(accumulate((row.count for row in rows), initial=0))
         keep = [begin + offset for begin, offsets in zip(begins, kept, strict=False) for offset in offsets]
         self._batch.fill(rows, keep)
+        self.times.mark("fill")
         with self._readout.watching(rows):
             logits = self._forward(rows, begins)
-        return self._sample(rows, kept, logits) | self._readout.read(rows, begins)
+        self.times.mark("forward")
+        samples = self._sample(rows, kept, logits) | self._readout.read(rows, begins)
+        self.times.mark("sample")
+        return samples
 
     def _forward(self, rows: Sequence[Row], begins: Sequence[int]) -> Tensor:
         """-> logits [K, V] of the kept positions."""
-        step = self.step
         embeddings = self._soft_prompts(rows, begins)
+        replayed = self._graphs.run() if self._graphs is not None and embeddings is None else None
+        return self._logits(embeddings) if replayed is None else replayed
+
+    def _logits(self, embeddings: Tensor | None) -> Tensor:
+        """The model over the step as it stands; embeddings [1, T, hidden] in place of its ids where some have none."""
+        step = self.step
         given = {"input_ids": step.ids[None]} if embeddings is None else {"inputs_embeds": embeddings}
         out = self.base.model(**given, position_ids=step.positions[None], use_cache=False, logits_to_keep=step.keep)
         logits: Tensor = out.logits[0]
@@ -176,20 +196,29 @@ class Runner:
 
     def _sample(self, rows: Sequence[Row], kept: Sequence[range], logits: Tensor) -> dict[Seq, Sample]:
         ends = list(accumulate(len(offsets) for offsets in kept))
-        finished = [i for i, row in enumerate(rows) if row.samples and _task(row) == "generate"]
-        tokens: dict[int, Token | None] = {}
-        if finished:
-            last = torch.tensor([ends[i] - 1 for i in finished], device=logits.device)
-            chosen = logits if len(finished) == len(logits) else logits[last]
-            tokens = dict(zip(finished, sample(chosen, [_sample_row(rows[i].sequence) for i in finished]), strict=True))
+        picked = self._pick(rows, ends, logits)
         samples: dict[Seq, Sample] = {}
         for i, row in enumerate(rows):
             prompt = self._score(row, kept[i], logits[ends[i] - len(kept[i]) : ends[i]]) if _wants_scores(row) else ()
             if _task(row) == "score" and row.samples:
                 samples[row.sequence] = _score_choices(row, logits[ends[i] - 1])
-            elif i in tokens or prompt:
-                samples[row.sequence] = Sample(tokens.get(i), prompt)
+            elif i in picked:
+                token, *more = picked[i]
+                samples[row.sequence] = Sample(token, prompt, more=_confirmed(row.draft, token, more))
+            elif prompt:
+                samples[row.sequence] = Sample(None, prompt)
         return samples
+
+    def _pick(self, rows: Sequence[Row], ends: Sequence[int], logits: Tensor) -> dict[int, list[Token | None]]:
+        """For each row that picks its next token: that token, and one more behind every guess as if it were right."""
+        picking = [(i, row) for i, row in enumerate(rows) if row.samples and _task(row) == "generate"]
+        places = [ends[i] - 1 - behind for i, row in picking for behind in range(len(row.draft), -1, -1)]
+        if not places:
+            return {}
+        chosen = logits if len(places) == len(logits) else logits[torch.tensor(places, device=logits.device)]
+        asked = [_sample_row(row, guesses) for _, row in picking for guesses in range(len(row.draft) + 1)]
+        tokens = iter(sample(chosen, asked))
+        return {i: [next(tokens) for _ in range(len(row.draft) + 1)] for i, row in picking}
 
     def _score(self, row: Row, offsets: range, logits: Tensor) -> tuple[Token, ...]:
         """Logprobs of the prompt tokens that this chunk's positions predict; the first one of all has none."""
@@ -238,12 +267,33 @@ def _wants_scores(row: Row) -> bool:
 def _kept_positions(row: Row) -> range:
     """Offsets within the row whose logits are wanted."""
     if not _wants_scores(row):
-        return range(row.count - 1, row.count) if row.samples and not row.reads_hidden else range(0)
+        wanted = 1 + len(row.draft) if row.samples and not row.reads_hidden else 0
+        return range(row.count - wanted, row.count)
     seq = row.sequence
     done = seq.virtual + max(seq.scored, 1) - 1  # the position that predicts the next prompt token to score
     return range(max(0, done - row.start), row.count)
 
 
-def _sample_row(seq: Seq) -> SampleRow:
-    """The tokens of a discrete prompt count as the prompt's own; positions without a token do not."""
-    return SampleRow(seq.sampling, lambda: [i for i in seq.ids[: seq.prompt_end] if i >= 0], seq.ids[seq.prompt_end :])
+def _sample_row(row: Row, guesses: int) -> SampleRow:
+    """How the token behind so many of the row's guesses is picked.
+
+    The tokens of a discrete prompt count as the prompt's own; positions without a token do not.
+    """
+    seq = row.sequence
+    return SampleRow(
+        seq.sampling,
+        seq.generated + guesses,
+        lambda: [i for i in seq.ids[: seq.prompt_end] if i >= 0],
+        lambda: [*seq.ids[seq.prompt_end :], *row.draft[:guesses]],
+    )
+
+
+def _confirmed(draft: Sequence[int], token: Token | None, more: Sequence[Token | None]) -> tuple[Token, ...]:
+    """What follows `token` for as long as the guess before it is what was picked."""
+    found: list[Token] = []
+    for guess, behind in zip(draft, more, strict=True):
+        if token is None or token.id != guess or behind is None:
+            break
+        found.append(behind)
+        token = behind
+    return tuple(found)

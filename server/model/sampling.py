@@ -14,47 +14,74 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..requests import Sampling, Token
+from .drawing import Draw, draw
+
+Ids = Callable[[], Sequence[int]]
 
 
 @dataclass(frozen=True)
 class SampleRow:
-    """One row to sample: its parameters and the ids that penalties count."""
+    """One row to sample: its parameters, and the ids that penalties count, asked for only when a penalty needs them."""
 
     sampling: Sampling
-    prompt: Callable[[], Sequence[int]]  # called only when a penalty needs it
-    generated: Sequence[int]
-
-    @property
-    def index(self) -> int:
-        """Which generated token this is, from 0; with the seed it fixes the draw."""
-        return len(self.generated)
+    index: int  # which generated token this is, from 0; with the seed it fixes the draw
+    prompt: Ids
+    generated: Ids
 
 
 def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Token | None]:
     """logits [K, V] of the rows' last positions -> one token each, None where the logits are not finite."""
     logits = logits.float()
+    chosen = _choose(_penalised(logits, rows), rows)
     logprobs = logits.log_softmax(-1)
-    scores = _penalised(logits, rows)
-    chosen = scores.argmax(-1)
-    drawn = [i for i, row in enumerate(rows) if row.sampling.do_sample]
-    if drawn:
-        at = torch.tensor(drawn, device=logits.device)
-        chosen[at] = _draw(scores[at], [rows[i] for i in drawn])
     # A NaN anywhere in a row makes its whole log-softmax NaN; +inf does too. One look at the chosen score suffices.
     picked = logprobs.gather(1, chosen[:, None])[:, 0]
-    top_n = max((row.sampling.top_n for row in rows), default=0)
-    top = torch.topk(logprobs, top_n, dim=-1) if top_n else None
-    ids, picked_list = chosen.tolist(), picked.tolist()  # the step's one wait for the device
-    best_ids, best = (top.indices.tolist(), top.values.tolist()) if top else ([], [])
+    asked = {i: at for at, i in enumerate(i for i, row in enumerate(rows) if row.sampling.top_n)}
+    if not asked:
+        ids, scores = _fetch(chosen, picked)
+        return [_token(int(id), score) for id, score in zip(ids, scores, strict=True)]
+    widest = max(rows[i].sampling.top_n for i in asked)
+    top = torch.topk(logprobs if len(asked) == len(rows) else logprobs[list(asked)], widest, dim=-1)
+    ids, scores, best_ids, best = _fetch(chosen, picked, top.indices.flatten(), top.values.flatten())
     tokens: list[Token | None] = []
-    for i, row in enumerate(rows):
-        n = row.sampling.top_n
-        alternatives = tuple(zip(best_ids[i][:n], best[i][:n], strict=True)) if n else ()
-        tokens.append(Token(ids[i], picked_list[i], alternatives) if _is_finite(picked_list[i]) else None)
+    for i, (id, score) in enumerate(zip(ids, scores, strict=True)):
+        of_row = slice(asked[i] * widest, asked[i] * widest + rows[i].sampling.top_n) if i in asked else slice(0)
+        tokens.append(_token(int(id), score, tuple(zip(map(int, best_ids[of_row]), best[of_row], strict=True))))
     return tokens
+
+
+def _fetch(*vectors: Tensor) -> list[list[float]]:
+    """Vectors of ids or fp32 numbers as lists: the step's one wait for the device. A double holds either exactly."""
+    if vectors[0].device.type == "cpu":
+        return [vector.tolist() for vector in vectors]
+    joined = torch.cat([vector.double() for vector in vectors]).tolist()
+    ends = np.cumsum([len(vector) for vector in vectors]).tolist()
+    return [joined[end - len(vector) : end] for vector, end in zip(vectors, ends, strict=True)]
+
+
+def _token(id: int, logprob: float, alternatives: tuple[tuple[int, float], ...] = ()) -> Token | None:
+    return Token(id, logprob, alternatives) if _is_finite(logprob) else None
+
+
+def _choose(scores: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """scores [K, V] -> token ids [K]."""
+    drawn = [i for i, row in enumerate(rows) if row.sampling.do_sample]
+    draws = [Draw(rows[i].sampling, rows[i].index) for i in drawn]
+    if len(drawn) == len(rows):
+        return draw(scores, draws)
+    chosen = _argmax(scores)
+    if drawn:
+        chosen[drawn] = draw(scores[drawn], draws)
+    return chosen
+
+
+def _argmax(scores: Tensor) -> Tensor:
+    """The first of the best, [K]. On the CPU numpy's is several times as fast as torch's."""
+    return torch.from_numpy(scores.numpy().argmax(-1)) if scores.device.type == "cpu" else scores.argmax(-1)
 
 
 def score_prompt(logits: Tensor, targets: Tensor) -> list[float]:
@@ -64,97 +91,39 @@ def score_prompt(logits: Tensor, targets: Tensor) -> list[float]:
     return scores
 
 
-def uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments: SplitMix64 (Steele et al., OOPSLA 2014), 53 bits."""
-    mask = (1 << 64) - 1
-    z = (seed + (index + 1) * 0x9E3779B97F4A7C15) & mask
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return float(((z ^ (z >> 31)) >> 11) * 2.0**-53)
-
-
 def _is_finite(value: float) -> bool:
     return value == value and value not in (float("inf"), float("-inf"))
 
 
 def _penalised(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """Repetition over prompt and output (Keskar et al., 2019), frequency and presence over the output alone (OpenAI)."""
-    wanted = [i for i, row in enumerate(rows) if _has_penalty(row.sampling)]
-    if not wanted:
+    repeated = [row.sampling.repetition_penalty != 1 for row in rows]
+    counted = [bool(row.sampling.frequency_penalty or row.sampling.presence_penalty) for row in rows]
+    if not any(repeated) and not any(counted):
         return logits
-    scores = logits.clone()
-    for i in wanted:
-        sampling = rows[i].sampling
-        scores[i] = _penalise(scores[i], rows[i], sampling)
+    scores = logits.clone(memory_format=torch.contiguous_format)
+    flat = scores.view(-1)
+    if any(repeated):
+        histories = [[*row.prompt(), *row.generated()] if wanted else () for row, wanted in zip(rows, repeated, strict=True)]
+        at, row_of, _ = _tally(histories, scores)
+        penalty = scores.new_tensor([row.sampling.repetition_penalty for row in rows])[row_of]
+        old = flat[at]
+        flat[at] = torch.where(old > 0, old / penalty, old * penalty)
+    if any(counted):
+        at, row_of, counts = _tally(
+            [row.generated() if wanted else () for row, wanted in zip(rows, counted, strict=True)], scores
+        )
+        frequency = torch.tensor([row.sampling.frequency_penalty for row in rows], dtype=torch.float64, device=scores.device)
+        presence = torch.tensor([row.sampling.presence_penalty for row in rows], dtype=torch.float64, device=scores.device)
+        flat[at] -= (frequency[row_of] * counts + presence[row_of]).to(scores.dtype)
     return scores
 
 
-def _has_penalty(sampling: Sampling) -> bool:
-    return sampling.repetition_penalty != 1 or sampling.frequency_penalty != 0 or sampling.presence_penalty != 0
-
-
-def _penalise(scores: Tensor, row: SampleRow, sampling: Sampling) -> Tensor:
-    """scores [V] -> [V]."""
-    if sampling.repetition_penalty != 1:
-        seen = np.unique(np.asarray([*row.prompt(), *row.generated], dtype=np.int64))
-        at = torch.from_numpy(seen).to(scores.device)
-        old = scores[at]
-        scores[at] = torch.where(old > 0, old / sampling.repetition_penalty, old * sampling.repetition_penalty)
-    if row.generated and (sampling.frequency_penalty or sampling.presence_penalty):
-        ids, counts = np.unique(np.asarray(row.generated, dtype=np.int64), return_counts=True)
-        penalty = sampling.frequency_penalty * counts + sampling.presence_penalty
-        at = torch.from_numpy(ids).to(scores.device)
-        scores[at] -= torch.from_numpy(penalty).to(scores)
-    return scores
-
-
-def _draw(scores: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """scores [n, V] of the rows that sample -> token ids [n], by inverting each row's cumulative distribution."""
-    params = [row.sampling for row in rows]
-    scores = scores / scores.new_tensor([p.temperature for p in params])[:, None]
-    ordered, ids = scores.sort(dim=-1, descending=True, stable=True)  # [n, V]
-    ordered = _top_k(ordered, [p.top_k or 0 for p in params])
-    ordered = _top_p(ordered, [1.0 if p.top_p is None else p.top_p for p in params])
-    ordered = _typical_p(ordered, [1.0 if p.typical_p is None else p.typical_p for p in params])
-    probs = ordered.softmax(-1)
-    mass = probs.double().cumsum(-1)
-    drawn = mass.new_tensor([uniform(row.sampling.seed, row.index) for row in rows])[:, None]
-    at = torch.searchsorted(mass, drawn * mass[:, -1:], right=True).clamp_(max=scores.shape[-1] - 1)
-    return ids.gather(1, at)[:, 0]
-
-
-def _top_k(ordered: Tensor, k: list[int]) -> Tensor:
-    """ordered [n, V] descending; 0 = off."""
-    if not any(k):
-        return ordered
-    limit = torch.tensor([n or ordered.shape[-1] for n in k], device=ordered.device)[:, None]
-    return ordered.masked_fill(torch.arange(ordered.shape[-1], device=ordered.device) >= limit, float("-inf"))
-
-
-def _top_p(ordered: Tensor, p: list[float]) -> Tensor:
-    """Nucleus sampling (Holtzman et al., 2020): the smallest head whose mass reaches p; 1 = off, the best always stays."""
-    if all(value >= 1 for value in p):
-        return ordered
-    probs = ordered.softmax(-1)
-    before = probs.cumsum(-1) - probs
-    limit = torch.tensor([value if value < 1 else 2.0 for value in p], device=ordered.device)[:, None]
-    drop = before >= limit
-    drop[:, 0] = False
-    return ordered.masked_fill(drop, float("-inf"))
-
-
-def _typical_p(ordered: Tensor, p: list[float]) -> Tensor:
-    """Locally typical sampling (Meister et al., 2022): the tokens whose surprise is nearest the entropy, up to mass p."""
-    if all(value >= 1 for value in p):
-        return ordered
-    logprobs = ordered.log_softmax(-1)
-    probs = logprobs.exp()
-    entropy = -(probs * logprobs).nan_to_num(0).sum(-1, keepdim=True)
-    distance = (-logprobs - entropy).abs()
-    order = distance.argsort(dim=-1, stable=True)
-    mass = probs.gather(1, order).cumsum(-1)
-    limit = torch.tensor([value if value < 1 else 2.0 for value in p], device=ordered.device)[:, None]
-    drop_sorted = (mass - probs.gather(1, order)) >= limit
-    drop_sorted[:, 0] = False
-    drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)
-    return ordered.masked_fill(drop, float("-inf"))
+def _tally(histories: Sequence[Sequence[int]], scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Every row's distinct ids: their places in the flattened scores [K * V], their rows, how often each occurs."""
+    vocabulary = scores.shape[-1]
+    lengths = [len(history) for history in histories]
+    ids: NDArray[np.int64] = np.concatenate([np.asarray(history, np.int64) for history in histories])
+    places, counts = np.unique(ids + np.repeat(np.arange(len(lengths)) * vocabulary, lengths), return_counts=True)
+    at = torch.from_numpy(places).to(scores.device)
+    return at, at // vocabulary, torch.from_numpy(counts).to(scores.device)

@@ -8,6 +8,7 @@ between forward passes), many readers (hooks and attention, during one).
     positions    [ 41               0 1 2 3         12]
     starts       [ 0                1               5  6]
     contexts     [ 42               4               13]
+    key_starts   [ 0                42              46  59]
     keep         [ 0                      4         5 ]      positions in T whose logits are wanted
 """
 
@@ -35,9 +36,11 @@ class Step:
     tables: Tensor = field(default_factory=lambda: _empty(torch.int32))  # [R, blocks]
     starts: Tensor = field(default_factory=lambda: _empty(torch.int32))  # [R + 1]
     contexts: Tensor = field(default_factory=lambda: _empty(torch.int32))  # [R]
+    key_starts: Tensor = field(default_factory=lambda: _empty(torch.int32))  # [R + 1], sums of contexts; CUDA alone reads it
     keep: Tensor = field(default_factory=lambda: _empty(torch.int64))  # [K]
     spans: tuple[tuple[int, int, int], ...] = ()  # (start, stop, context) of each row, on the host
     decodes: int = 0  # the first `decodes` rows have exactly one token each
     rows: dict[str, Rows] = field(default_factory=dict)  # pool -> its tokens in this step
     kept_rows: dict[str, Rows] = field(default_factory=dict)  # pool -> its places in `keep`: what the output head sees
+    memo: dict[object, object] = field(default_factory=dict)  # for what depends on the composition (`rows`) alone
     taps: dict[str, Tensor] = field(default_factory=dict)  # module name -> its input [T, in], where an op asks for it

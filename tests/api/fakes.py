@@ -16,6 +16,7 @@ from adapters_store.records import JSON
 from server.errors import AdapterdError, AdapterError
 from server.metrics import EngineStats
 from server.requests import Event, FinishReason, Request, Token
+from server.step_times import StepTimes
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -116,6 +117,13 @@ class FakeEngine:
         if self.crash is not None:
             raise self.crash
         return self.resident.get(digest, ("stored", None))
+
+    def step_times(self) -> StepTimes:
+        times = StepTimes()
+        times.begin()
+        times.mark("plan")
+        times.end(rows=2, tokens=2)
+        return times
 
     def stats(self) -> EngineStats:
         with self._change:

@@ -77,3 +77,14 @@ def referenced(node: object) -> set[str]:
     if isinstance(node, list):
         return set().union(*(referenced(item) for item in node))
     return set()
+
+
+async def test_step_times(world: World) -> None:
+    found = (await world.http.get("/debug/step")).json()
+    assert found["steps"] == found["remembered"] == found["decode"]["steps"] == 1
+    assert found["decode"]["rows"] == 2
+    assert (found["mixed"], found["last"]) == (None, [])
+    (step,) = (await world.http.get("/debug/step", params={"last": 9})).json()["last"]
+    assert step["ms"]["plan"] == step["total_ms"] > 0
+    refused = await world.http.get("/debug/step", params={"last": 257})
+    assert (refused.status_code, refused.json()["error_type"]) == (422, "validation")

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from adapters_store.digest import Digest
-from server.bench.adapters import Dimensions, make_adapter
+from server.bench.adapters import make_adapter
+from server.bench.dimensions import Dimensions
 from server.bench.options import FAMILIES, BenchError, Family
 from server.methods import METHODS
 from server.methods.base import Adapter, BaseShape, Limits, ModuleShape

@@ -213,7 +213,7 @@ def broken(**change: torch.Tensor) -> dict[str, torch.Tensor]:
         (packed({k.replace("q_proj", "c_attn"): v for k, v in tensors(1).items()}), ["target_modules", "c_attn"]),
         (packed(tensors(1), r=0), ["r", "0"]),
         (packed(tensors(1), r="four"), ["r", "four"]),
-        (packed(tensors(1), peft_type="VERA"), ["peft_type", "VERA"]),
+        (packed(tensors(1), peft_type="LOHA"), ["peft_type", "LOHA"]),
     ],
 )
 def test_adapters_that_do_not_fit(tiny_server: ServerProcess, files: Files, words: list[str]) -> None:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.conftest import Serve
-from tests.e2e.fleet import RECIPES, Answer, Fleet, Member
+from tests.e2e.fleet import RECIPES, Answer, Fleet, Member, answer_of
 from tests.process import DEADLINE, ServerProcess
 
 ADAPTERS = 32
 PROMPTS = ("hello world, how are", "the cat")
 NEW = 16
-TOLERANCE = 1e-3  # of log-probabilities
 
 
 @pytest.fixture(scope="module")
@@ -34,23 +34,18 @@ def server(serve: Serve, tiny_base: Path, fleet: list[Member]) -> ServerProcess:
     return server
 
 
-async def ask(http: httpx.AsyncClient, prompt: str, adapter: str | None) -> Answer:
-    parameters = {"adapter_id": adapter, "max_new_tokens": NEW, "ignore_eos_token": True, "details": True}
-    response = await http.post("/generate", json={"inputs": prompt, "parameters": parameters})
+async def ask(http: httpx.AsyncClient, prompt: str, member: Member) -> Answer:
+    route, body = member.request(prompt)
+    response = await http.post(route, json=body)
     assert response.status_code == 200, response.text
-    tokens = response.json()["details"]["tokens"]
-    return Answer([token["id"] for token in tokens], [token["logprob"] for token in tokens])
+    return answer_of(response.json())
 
 
 async def ask_all(url: str, fleet: list[Member]) -> list[Answer]:
     """Every member, both prompts, all at once; in the order of the members."""
     limits = httpx.Limits(max_connections=len(fleet) * len(PROMPTS))
     async with httpx.AsyncClient(base_url=url, timeout=DEADLINE, limits=limits) as http:
-        return await asyncio.gather(*(ask(http, prompt, member.name) for prompt in PROMPTS for member in fleet))
-
-
-def same(got: Answer, want: Answer) -> bool:
-    return got.tokens == want.tokens and got.logprobs == pytest.approx(want.logprobs, abs=TOLERANCE)
+        return await asyncio.gather(*(ask(http, prompt, member) for prompt in PROMPTS for member in fleet))
 
 
 def steps_with(metrics: str, name: str, at_least: int) -> float:
@@ -70,14 +65,15 @@ def counter(metrics: str, name: str) -> float:
 def test_the_answers_tell_the_adapters_apart(fleet: list[Member]) -> None:
     """Or else all that follows could hold on a server that mixes them up."""
     for prompt in PROMPTS:
-        assert len({tuple(member.answers[prompt].tokens) for member in fleet}) == ADAPTERS
+        alike = [(a.name, b.name) for a, b in combinations(fleet, 2) if a.answers[prompt].same(b.answers[prompt])]
+        assert alike == []
 
 
 async def test_64_requests_over_32_adapters_of_every_family(server: ServerProcess, fleet: list[Member]) -> None:
     answers = await ask_all(server.url, fleet)
     wanted = [(member, member.answers[prompt]) for prompt in PROMPTS for member in fleet]
     wrong = [
-        f"{member.name} ({member.family})" for got, (member, want) in zip(answers, wanted, strict=True) if not same(got, want)
+        f"{member.name} ({member.family})" for got, (member, want) in zip(answers, wanted, strict=True) if not got.same(want)
     ]
     assert not wrong
     metrics = server.http.get("/metrics").text
@@ -86,19 +82,19 @@ async def test_64_requests_over_32_adapters_of_every_family(server: ServerProces
     assert {member.family for member in fleet} == set(server.http.get("/info").json()["methods"])
 
 
-async def test_the_same_with_fewer_slots_than_adapters_and_blocks_for_few_requests(
+async def test_the_same_with_little_memory_for_adapters_and_blocks_for_few_requests(
     serve: Serve, tiny_base: Path, fleet: list[Member]
 ) -> None:
-    """Evictions and preemptions change nothing but the time it takes."""
-    with serve(
-        "--model", str(tiny_base), "--adapter-slots", "5", "--kv-cache-gb", "0.00008", "--max-batch-tokens", "40"
-    ) as server:
+    """Evictions, for slots and for bytes, and preemptions change nothing but the time it takes."""
+    tight = ("--adapter-slots", "5", "--adapter-memory-mb", "0.4", "--kv-cache-gb", "0.00008", "--max-batch-tokens", "40")
+    with serve("--model", str(tiny_base), *tight) as server:
         for member in fleet:
             assert server.upload(member.name, member.files).status_code == 201
         answers = await ask_all(server.url, fleet)
         wanted = [(member, member.answers[prompt]) for prompt in PROMPTS for member in fleet]
-        wrong = [member.name for got, (member, want) in zip(answers, wanted, strict=True) if not same(got, want)]
+        wrong = [member.name for got, (member, want) in zip(answers, wanted, strict=True) if not got.same(want)]
         assert not wrong
         metrics = server.http.get("/metrics").text
         assert counter(metrics, "adapterd_adapter_evictions_total") >= ADAPTERS - 5
         assert counter(metrics, "adapterd_preemptions_total") >= 1
+        assert 0 < counter(metrics, "adapterd_adapter_slots_bytes") <= counter(metrics, "adapterd_adapter_slots_bytes_total")

@@ -15,6 +15,7 @@ from structlog.testing import capture_logs
 
 from adapters_store.digest import Digest
 from server.engine.engine import Engine
+from server.engine.footprint import Footprint
 from server.engine.pages import Pages
 from server.engine.plan import Change, Copy, Evict, Fill, Put, Row
 from server.engine.residency import Residency
@@ -453,8 +454,10 @@ def test_a_put_that_fails_half_way_leaves_nothing_for_the_slots_next_owner(
     whole = dict(ADAPTERS["a"].parts[0].sites)
     wrong = Part("bitfit", "bitfit", {**whole, site: {"delta": torch.zeros(31)}})
     lab.adapters[DIGESTS["a"]] = Adapter(DIGESTS["a"], (wrong,))
-    ask(lab, "a")
-    lab.run()
+    with monkeypatch.context() as patched:
+        patched.setattr(lab.engine, "_weigh", lambda adapter: Footprint())  # it would have noticed
+        ask(lab, "a")
+        lab.run()
     assert "could not be put on the device (RuntimeError)" in error_of(lab, "a")
     assert lab.runner.sites.attached == ()
     only_last = Part("bitfit", "bitfit", {site: ADAPTERS["b"].parts[0].sites[site]})

@@ -1,4 +1,4 @@
-"""Residency: single-flight loading, least-recently-used eviction, pins, slot numbers."""
+"""Residency: single-flight loading, least-recently-used eviction by slots and by bytes, pins, slot numbers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters_store.digest import Digest
-from server.engine.residency import AdapterFacts, Residency
+from server.engine.footprint import Footprint, SiteBytes
+from server.engine.residency import AdapterFacts, Placement, Residency
 
-A, B, C = (Digest(letter * 64) for letter in "abc")
+A, B, C, D = (Digest(letter * 64) for letter in "abcd")
 
 
 def ready(residency: Residency, digest: Digest, *pools: str) -> None:
@@ -108,3 +109,115 @@ def test_slots_are_never_shared_and_capacity_never_passed(operations: list[tuple
             used = [residency.slots(d)[pool] for d in residency.resident if pool in residency.slots(d)]
             assert len(used) == len(set(used))
             assert all(1 <= slot <= 3 for slot in used)
+
+
+def weighty(residency: Residency, digest: Digest, pool: str, module: str = "q", per_slot: int = 10, own: int = 0) -> None:
+    assert residency.want(digest)
+    residency.loaded(digest, AdapterFacts((pool,), footprint=Footprint({(pool, module): SiteBytes(per_slot, own)})))
+
+
+def test_bytes_evict_as_slots_do_least_recently_used_first() -> None:
+    residency = Residency(8, budget=100)
+    for digest, pool in ((A, "full"), (B, "ia3")):
+        weighty(residency, digest, pool, per_slot=0, own=50)
+        assert residency.place(digest) == Placement({pool: 1}, ())
+    assert residency.nbytes == 100
+    weighty(residency, C, "bitfit", per_slot=0, own=60)
+    assert residency.place(C) == Placement({"bitfit": 1}, ((A, {"full": 1}), (B, {"ia3": 1})))
+    assert residency.nbytes == 60
+    weighty(residency, A, "full", per_slot=0, own=40)
+    assert residency.place(A) == Placement({"full": 1}, ())
+
+
+def test_a_pool_that_may_not_grow_gives_its_own_slots_again() -> None:
+    residency = Residency(8, budget=40)
+    for digest in (A, B):
+        weighty(residency, digest, "lora:8")
+        residency.place(digest)
+    assert residency.nbytes == 40  # the identity, two adapters, and one free slot
+    weighty(residency, C, "lora:8")
+    assert residency.place(C) == Placement({"lora:8": 3}, ())
+    weighty(residency, D, "lora:8")
+    assert residency.place(D) == Placement({"lora:8": 1}, ((A, {"lora:8": 1}),))
+
+
+def test_nobody_is_evicted_in_vain() -> None:
+    residency = Residency(8, budget=100)
+    weighty(residency, A, "full", per_slot=0, own=70)
+    weighty(residency, B, "ia3", per_slot=0, own=10)
+    residency.place(A)
+    residency.place(B)
+    residency.acquire([A])
+    weighty(residency, C, "bitfit", per_slot=0, own=40)
+    assert residency.place(C) is None
+    assert residency.place(C) is None
+    assert residency.resident == (B, A)
+    residency.release([A])
+    assert residency.place(C) == Placement({"bitfit": 1}, ((B, {"ia3": 1}), (A, {"full": 1})))
+
+
+def test_a_placement_that_failed_succeeds_once_something_is_released() -> None:
+    residency = Residency(8, budget=60)
+    for digest in (A, B, C, D):
+        weighty(residency, digest, "lora:8")
+    for digest in (A, B, C):
+        residency.place(digest)
+    residency.acquire([A, B, C])
+    assert residency.place(D) is None
+    residency.release([C])
+    assert residency.place(D) == Placement({"lora:8": 3}, ((C, {"lora:8": 3}),))
+
+
+def test_an_adapter_that_is_kept_at_a_high_slot_goes_and_comes_back_lower() -> None:
+    """A composition whose adapters fit the device must never wait for itself."""
+    residency = Residency(8, budget=60)
+    for digest in (B, C, A):
+        weighty(residency, digest, "lora:8")
+        residency.place(digest)
+    weighty(residency, D, "full", per_slot=0, own=30)
+    assert residency.nbytes == 40
+    assert residency.needed([A, D]) == 50
+    placement = residency.place(D, keep=(A, D))
+    assert placement is not None
+    assert [digest for digest, _ in placement.evicted] == [B, C, A]
+    weighty(residency, A, "lora:8")
+    assert residency.place(A, keep=(A, D)) == Placement({"lora:8": 1}, ())
+    assert residency.nbytes == 50
+
+
+def test_what_adapters_need_together_is_known_in_whatever_order_they_come() -> None:
+    residency = Residency(8, budget=1000)
+    weighty(residency, A, "lora:8", "q")
+    weighty(residency, B, "lora:8", "v", per_slot=100)
+    residency.place(A)
+    assert residency.needed([A]) == 20
+    assert residency.needed([A, B]) == residency.needed([B, A]) == 2 * 10 + 3 * 100
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["want", "acquire", "release", "unload"]), st.integers(0, 5)), max_size=60))
+def test_the_budget_is_never_passed_and_all_is_given_back(operations: list[tuple[str, int]]) -> None:
+    residency = Residency(5, budget=150)
+    digests = [Digest(f"{n:064x}") for n in range(6)]
+    pins: dict[Digest, int] = {}
+    for what, n in operations:
+        digest = digests[n]
+        if what == "want" and residency.want(digest):
+            footprint = Footprint({(f"p{n % 2}", "q"): SiteBytes(7, n)}, loose=5 * n)
+            residency.loaded(digest, AdapterFacts((f"p{n % 2}",), footprint=footprint))
+        elif what == "acquire" and residency.is_resident(digest):
+            residency.acquire([digest])
+            pins[digest] = pins.get(digest, 0) + 1
+        elif what == "release" and pins.get(digest):
+            residency.release([digest])
+            pins[digest] -= 1
+        elif what == "unload":
+            residency.unload(digest)
+        for waiting in residency.loaded_only:
+            residency.place(waiting)
+        assert residency.nbytes <= 150
+        assert all(residency.is_resident(d) for d, count in pins.items() if count)
+    for digest in residency.resident:
+        residency.release([digest] * pins.get(digest, 0))
+        residency.unload(digest)
+    assert residency.nbytes == 0

@@ -443,3 +443,57 @@ def test_random_traffic_ends_every_request_exactly_once(seed: int, blocks: int, 
     ends = Counter(event.request_id for event in bench.events if event.finish)
     assert ends == Counter(accepted)
     bench.scheduler.check_idle()
+
+
+# -- chunks beside streams
+
+
+def counts(plan: Plan) -> dict[str, int]:
+    return {row.sequence.request.id: row.count for row in plan.rows if row.sequence.request is not None}
+
+
+def test_a_prompt_beside_streams_comes_in_small_chunks_and_alone_in_large_ones() -> None:
+    bench = Bench(max_prefill_tokens=3)
+    bench.submit("stream", [1, 3], max_new_tokens=9)
+    for _ in range(5):
+        bench.step()
+    bench.submit("long", list(range(3, 33)), max_new_tokens=1)
+    assert [counts(bench.step()) for _ in range(4)] == [{"stream": 1, "long": 3}] * 4
+    assert counts(bench.step()) == {"long": 16}
+
+
+def test_every_prompt_has_its_share_beside_streams() -> None:
+    bench = Bench(max_prefill_tokens=3)
+    bench.submit("stream", [1, 3], max_new_tokens=20)
+    for _ in range(5):
+        bench.step()
+    for id in ("first", "second"):
+        bench.submit(id, list(range(3, 11)), max_new_tokens=1)
+    assert counts(bench.step()) == {"stream": 1, "first": 6}
+    assert counts(bench.step()) == {"stream": 1, "first": 2, "second": 4}
+    assert counts(bench.step()) == {"stream": 1, "second": 3}
+
+
+def test_requests_that_come_together_get_their_first_tokens_together() -> None:
+    """16 tokens a step: the second prompt is not held back by the first one's stream, which has just begun."""
+    bench = Bench(max_prefill_tokens=1)
+    for id in "ab":
+        bench.submit(id, list(range(3, 17)), max_new_tokens=9)
+    assert counts(bench.step()) == {"a": 14, "b": 2}
+    assert counts(bench.step()) == {"a": 1, "b": 12}
+
+
+# -- loads
+
+
+def test_a_plan_that_breaks_has_promised_no_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    bench.submit("base", [1, 3])
+    bench.submit("a", [1, 3], LORA)
+    with monkeypatch.context() as broken:
+        broken.setattr(bench.pages, "allocate", lambda count: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            bench.scheduler.plan()
+    assert bench.residency.state(LORA) == ("stored", None)
+    bench.run()
+    assert bench.tokens("a") == [50, 51, 52]

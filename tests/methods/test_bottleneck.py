@@ -16,9 +16,11 @@ from adapters_store.digest import Digest
 from server.errors import AdapterError
 from server.methods.activations import ACTIVATIONS
 from server.methods.base import BaseShape, Checkpoint, Limits, Part, Rows, Tensors
-from server.methods.bottleneck import READS, Bottleneck, BottleneckOp, Form, bucket_of
+from server.methods.bottleneck import READS, Bottleneck, BottleneckOp, Form, Kernel, _Gathered, bucket_of
 from server.methods.grouped import rows_of
 from server.methods.layout import LAYOUTS, sublayers
+from server.model.kernels import choose_kernels
+from server.settings import default_home
 
 CPU = torch.device("cpu")
 HIDDEN = 16
@@ -85,9 +87,9 @@ PATTERNS = {
 class Bench:
     """An op with adapters of width 3..8 in slots 1..6."""
 
-    def __init__(self, form: Form) -> None:
+    def __init__(self, form: Form, kernel: Kernel | None = None) -> None:
         self.form = form
-        self.op = BottleneckOp(form, HIDDEN, RESIDUAL, CPU, torch.float32)
+        self.op = BottleneckOp(form, HIDDEN, RESIDUAL, CPU, torch.float32, kernel)
         self.op.grow(8)
         self.sites = {slot: random_site(2 + slot, seed=slot, norm_after=form.norm_after) for slot in range(1, 7)}
         for slot, site in self.sites.items():
@@ -112,18 +114,47 @@ class Bench:
         return torch.stack(rows)
 
 
+@pytest.fixture(scope="module")
+def native() -> Kernel:
+    chosen = choose_kernels(CPU, torch.float32, True, default_home(), lambda line: None)
+    if chosen.bottleneck is None:
+        pytest.skip(chosen.name)
+    return chosen.bottleneck
+
+
+@pytest.fixture(scope="module", params=["torch", "native"])
+def kernel(request: pytest.FixtureRequest) -> Kernel | None:
+    """What the products are computed with; None: torch."""
+    return request.getfixturevalue("native") if request.param == "native" else None
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.pool)
-def test_equals_a_plain_loop(form: Form, pattern: str) -> None:
-    bench, slots = Bench(form), PATTERNS[pattern]
+def test_equals_a_plain_loop(form: Form, pattern: str, kernel: Kernel | None) -> None:
+    bench, slots = Bench(form, kernel), PATTERNS[pattern]
     assert torch.allclose(bench.after(slots), bench.loop(slots), atol=1e-5)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.pool)
+def test_native_rows_have_the_same_bits_alone_and_in_company(form: Form, pattern: str, native: Kernel) -> None:
+    bench, slots = Bench(form, native), PATTERNS[pattern]
+    together = bench.after(slots)
+    for token, slot in enumerate(slots):
+        assert torch.equal(bench.after([0] * token + [slot])[token], together[token])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_is_torchs_to_rounding(activation: str, kernel: Kernel | None) -> None:
+    bench, slots = Bench(Form(8, activation, "output", 0, False, False), kernel), PATTERNS["skewed"]
+    torch.testing.assert_close(bench.after(slots), bench.loop(slots), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("form", FORMS[::3], ids=lambda form: form.pool)
-def test_a_nan_slot_touches_its_own_rows_only(form: Form, pattern: str) -> None:
+def test_a_nan_slot_touches_its_own_rows_only(form: Form, pattern: str, kernel: Kernel | None) -> None:
     slots = PATTERNS[pattern]
-    bench, poisoned = Bench(form), Bench(form)
+    bench, poisoned = Bench(form, kernel), Bench(form, kernel)
     poisoned.op.put(3, {name: torch.full_like(tensor, torch.nan) for name, tensor in bench.sites[3].items()})
     clean, dirty = bench.after(slots), poisoned.after(slots)
     own = torch.tensor([slot == 3 for slot in slots])
@@ -132,8 +163,8 @@ def test_a_nan_slot_touches_its_own_rows_only(form: Form, pattern: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.pool)
-def test_slots_without_an_adapter_are_the_identity_to_the_bit(form: Form) -> None:
-    bench, slots = Bench(form), [2, 0, 7, 2, 1, 7, 7, 7, 7]  # nobody was ever put into 7
+def test_slots_without_an_adapter_are_the_identity_to_the_bit(form: Form, kernel: Kernel | None) -> None:
+    bench, slots = Bench(form, kernel), [2, 0, 7, 2, 1, 7, 7, 7, 7]  # nobody was ever put into 7
     bench.op.clear(2)
     y, out = bench.y[: len(slots)], bench.after(slots)
     others = torch.tensor([slot != 1 for slot in slots])
@@ -148,15 +179,15 @@ def test_a_cleared_slot_keeps_nothing_of_its_adapter() -> None:
     assert all(not pool.tensor[4].any() for pool in op._pools.values())
 
 
-def test_a_slot_given_again_holds_the_new_adapter_only() -> None:
-    bench = Bench(FORMS[0])
+def test_a_slot_given_again_holds_the_new_adapter_only(kernel: Kernel | None) -> None:
+    bench = Bench(FORMS[0], kernel)
     bench.sites[6] = random_site(2, seed=99)  # slot 6 had width 8
     bench.op.put(6, bench.sites[6])
     assert torch.allclose(bench.after([6, 6, 1]), bench.loop([6, 6, 1]), atol=1e-5)
 
 
-def test_growing_keeps_what_is_there_also_for_a_composition_in_progress() -> None:
-    bench = Bench(FORMS[0])
+def test_growing_keeps_what_is_there_also_for_a_composition_in_progress(kernel: Kernel | None) -> None:
+    bench = Bench(FORMS[0], kernel)
     rows, y = bench.rows([1, 2, 3]), bench.y[:3]
     first = bench.op.after(y, y.clone(), rows)
     before = bench.op.nbytes
@@ -166,14 +197,20 @@ def test_growing_keeps_what_is_there_also_for_a_composition_in_progress() -> Non
     assert torch.equal(bench.after([1, 2, 3]), first)
 
 
-def test_weights_are_gathered_once_per_composition() -> None:
+def test_weights_are_gathered_once_per_composition(monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered: list[Tensor] = []
+    of = _Gathered.of
+
+    def noted(self: _Gathered, slots: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        gathered.append(slots)
+        return of(self, slots, dtype)
+
+    monkeypatch.setattr(_Gathered, "of", noted)
     bench = Bench(FORMS[0])
     rows, y = bench.rows([1, 3, 6]), bench.y[:3]
-    bench.op.after(y, y.clone(), rows)
-    (_, gathered), y = rows.scratch[bench.op], y.clone()
-    bench.op.after(y, y.clone(), rows)
-    assert rows.scratch[bench.op][1] is gathered
-    assert gathered.down.shape == (3, 8, HIDDEN)
+    for _ in range(3):
+        bench.op.after(y, y.clone(), rows)
+    assert [slots.tolist() for slots in gathered] == [[1, 3, 6]]
 
 
 def test_taps_its_residual_only_where_the_form_reads_it() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from server.engine.plan import Row
 from server.engine.plan import Sequence as Seq
 from server.methods.base import Rows
-from server.model.batch import BatchBuilder, order_rows
+from server.model.batch import BatchBuilder, BlockTables, order_rows
 from server.model.step import Step
 
 SIZE = 4
@@ -55,6 +55,7 @@ def test_the_step_of_the_documentation() -> None:
     assert step.positions.tolist() == [41, 12, 0, 1, 2, 3]
     assert step.starts.tolist() == [0, 1, 2, 6]
     assert step.contexts.tolist() == [42, 13, 4]
+    assert step.key_starts.tolist() == [0, 42, 55, 59]
     assert step.keep.tolist() == [0, 1, 5]
     assert step.spans == ((0, 1, 42), (1, 2, 13), (2, 6, 4))
     assert step.decodes == 2
@@ -154,6 +155,34 @@ def test_another_composition_gets_new_rows(other: list[Row]) -> None:
     assert batch.rows(*other)["a"] is not before
 
 
+def test_a_composition_that_comes_back_has_its_rows_and_memo_again() -> None:
+    """A guess or a prompt beside the same decode, and then the decode alone again."""
+    batch = Composition()
+    alone, beside = [row(3, 1, {"a": 1})], [row(3, 1, {"a": 1}), row(0, 2)]
+    before, memo = batch.rows(*alone), batch.step.memo
+    memo["program"] = "kept"
+    assert batch.rows(*beside) is not before
+    assert batch.step.memo == {}
+    assert batch.rows(*alone) is before
+    assert batch.step.memo is memo
+    batch.rows(*beside)
+    batch.builder.forget_composition()
+    assert batch.rows(*alone) is not before
+    assert batch.step.memo == {}
+
+
+def test_of_compositions_with_adapters_two_are_remembered_and_eight_in_all() -> None:
+    batch = Composition()
+    adapted = [batch.rows(row(3, 1, {"a": slot})) for slot in (1, 2, 3)]
+    assert batch.rows(row(3, 1, {"a": 2})) is adapted[1]
+    assert batch.rows(row(3, 1, {"a": 3})) is adapted[2]
+    assert batch.rows(row(3, 1, {"a": 1})) is not adapted[0]
+    bare = [batch.rows(row(0, count)) for count in range(1, 10)]
+    assert batch.rows(row(0, 2)) is bare[1]
+    assert batch.rows(row(0, 1)) is not bare[0]
+    assert len(batch.builder._known) == 8
+
+
 def test_a_forgotten_composition_gets_new_rows() -> None:
     batch = Composition()
     before = batch.rows(row(3, 1, {"a": 1}))["a"]
@@ -201,3 +230,48 @@ def test_kept_rows_follow_what_is_kept() -> None:
     assert step.kept_rows == {}
     builder.fill(rows, [2])
     assert step.kept_rows["a"].index.tolist() == [0]
+
+
+# -- block tables
+
+
+def test_a_table_follows_lists_that_grow_in_place_and_lists_that_are_replaced() -> None:
+    tables, first, second = BlockTables(), [5, 6], [7]
+    assert tables.fill([first, second]).tolist() == [[5, 6], [7, 0]]
+    second.append(8)
+    assert tables.fill([first, second]).tolist() == [[5, 6], [7, 8]]
+    assert tables.fill([second, [9]])[:, :2].tolist() == [[7, 8], [9, 0]]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["grow", "swap", "leave", "join", "restart"]), st.integers(0, 9)), max_size=40))
+def test_a_table_equals_its_lists_after_any_history(moves: list[tuple[str, int]]) -> None:
+    tables, lists, fresh = BlockTables(), [[1, 2]], iter(range(3, 1000))
+    for move, at in moves:
+        i = at % len(lists)
+        if move == "grow":
+            lists[i] += [next(fresh) for _ in range(at % 3 + 1)]
+        elif move == "swap":
+            lists[0], lists[i] = lists[i], lists[0]
+        elif move == "leave" and len(lists) > 1:
+            del lists[i]
+        elif move == "join":
+            lists.insert(i, [next(fresh)])
+        elif move == "restart":
+            lists[i] = [next(fresh)]
+        table = tables.fill(lists)
+        assert table.flags.c_contiguous
+        for blocks, row in zip(lists, table.tolist(), strict=True):
+            assert row[: len(blocks)] == blocks
+            assert not any(row[len(blocks) :])
+
+
+def test_guesses_follow_a_rows_own_ids() -> None:
+    own = row(5, 1)
+    guessing = Row(own.sequence, 5, 3, (7, 8))
+    own.sequence.blocks.append(9)
+    step = filled([row(2, 1, first=20), guessing], keep=[0, 1, 2, 3])
+    assert step.ids.tolist() == [102, 105, 7, 8]
+    assert step.positions.tolist() == [2, 5, 6, 7]
+    assert step.spans == ((0, 1, 3), (1, 4, 8))
+    assert step.decodes == 1

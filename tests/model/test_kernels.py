@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from server.methods.grouped import lora_loop, rows_of
+from server.model import cuda
 from server.model import kernels as module
 from server.model.attention import torch_attention, torch_write
+from server.model.cuda import CudaKernels
 from server.model.kernels import Kernels, choose_kernels
 from server.model.native import NativeKernels, NativeUnavailable
 from server.settings import default_home
@@ -45,14 +47,28 @@ def is_pure_torch(kernels: Kernels) -> bool:
     [
         ({"wanted": False}, "torch (--no-native)"),
         ({"dtype": torch.bfloat16}, "torch (cpu, torch.bfloat16)"),
-        ({"device": "cuda", "dtype": torch.bfloat16}, "torch (cuda, torch.bfloat16)"),
-        ({"device": "cuda"}, "torch (cuda, torch.float32)"),
+        ({"device": "cuda", "wanted": False}, "torch (--no-native)"),
+        ({"device": "meta"}, "torch (meta, torch.float32)"),
     ],
 )
 def test_torch_and_why(arguments: dict[str, object], name: str) -> None:
     kernels = choose(**arguments)  # type: ignore[arg-type]
     assert kernels.name == name
     assert is_pure_torch(kernels)
+
+
+@pytest.mark.usefixtures("untouched")
+def test_a_gpus_own_kernels_are_asked_for_by_dtype_and_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def chosen(*given: object) -> CudaKernels:
+        asked.extend(given)
+        return CudaKernels("cuda (all)", torch_attention, None, graphable=True)
+
+    monkeypatch.setattr(cuda, "choose", chosen)
+    kernels = choose_kernels(torch.device("cuda"), torch.bfloat16, True, Path("/nowhere"), lambda line: None, 256)
+    assert (kernels.name, kernels.graphable) == ("cuda (all)", True)
+    assert asked == [torch.device("cuda"), torch.bfloat16, 256]
 
 
 def test_a_machine_without_a_compiler_gets_torch_and_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

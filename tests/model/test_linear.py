@@ -8,8 +8,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from server.model.linear import PackedModule, WideningEmbedding, pack_model
+from server.model.loader import weight_of
 from server.model.native import NativeKernels, NativeUnavailable, open_library
+from server.model.native.int8 import Int8Weight
 from server.settings import default_home
+from tests.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,14 @@ def test_one_inexact_value_keeps_the_whole_weight_in_fp32(native: NativeKernels)
     got = packed(module, native)
     assert isinstance(got, PackedModule)
     assert torch.equal(got.packed.unpack(), module.weight)
+
+
+def test_int8_rounds_linears_and_conv1ds_but_not_the_output_head(native: NativeKernels) -> None:
+    model = tiny_model("gpt2")
+    head, block = weight_of(model, "lm_head"), weight_of(model, "transformer.h.0.mlp.c_fc")
+    pack_model(model, native, int8=True)
+    assert torch.equal(weight_of(model, "lm_head"), head)
+    assert torch.equal(weight_of(model, "transformer.h.0.mlp.c_fc"), Int8Weight.of(block).widened())
 
 
 @pytest.mark.parametrize("exact_in_bf16", [True, False])

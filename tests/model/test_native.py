@@ -13,8 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from server.model.native import NativeKernels, NativeUnavailable, load, open_library, reference
+from server.methods.activations import ACTIVATIONS
+from server.model.native import NativeKernels, NativeUnavailable, library, load, open_library, reference
 from server.model.native.build import find_compiler, library_path, prebuild
+from server.model.native.int8 import Int8Weight, pack_int8, unpack_int8
 from server.model.native.library import pack, unpack
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -118,6 +120,140 @@ def test_linear_refuses_a_wrong_weight_or_bias(kernels: NativeKernels) -> None:
         kernels.packed_linear(random(5, 7).half())
     with pytest.raises(ValueError, match="bias must be"):
         kernels.packed_linear(random(5, 7), random(4))
+
+
+# ---- int8 ----
+
+
+@quick
+@given(m=st.integers(1, 40), n=st.integers(1, 100), k=st.integers(1, 130), bias=st.booleans())
+def test_an_int8_linear_equals_the_rounded_matrix(kernels: NativeKernels, m: int, n: int, k: int, bias: bool) -> None:
+    x, weight = random(m, k), Int8Weight.of(random(n, k, seed=1))
+    shift = random(n, seed=2) if bias else None
+    close(kernels.packed_linear(weight, shift)(x), reference.linear(x, weight.widened(), shift))
+
+
+def test_a_row_of_an_int8_linear_has_the_same_bits_in_any_company_and_on_any_threads(kernels: NativeKernels) -> None:
+    x, linear = random(600, 597), kernels.packed_linear(Int8Weight.of(random(75, 597, seed=1)), random(75, seed=2))
+    alone = linear(x[5:6])[0]
+    for rows in (6, 12, 13, 32, 41, 600):
+        assert torch.equal(linear(x[:rows])[5], alone), rows
+    one = linear(x)
+    kernels.set_threads(3)
+    three = linear(x)
+    kernels.set_threads(1)
+    assert torch.equal(one, three)
+
+
+def test_nan_in_one_row_of_an_int8_linear_stays_there(kernels: NativeKernels) -> None:
+    x, linear = random(20, 33), kernels.packed_linear(Int8Weight.of(random(40, 33, seed=1)))
+    want = linear(x)
+    x[3] = float("nan")
+    got = linear(x)
+    assert got[3].isnan().all()
+    assert torch.equal(got[[i for i in range(20) if i != 3]], want[[i for i in range(20) if i != 3]])
+
+
+@quick
+@given(n=st.integers(1, 100), k=st.integers(1, 40))
+def test_unpacking_int8_gives_values_and_scales_back(n: int, k: int) -> None:
+    weight = Int8Weight.of(random(n, k))
+    got = unpack_int8(pack_int8(weight), n)
+    assert torch.equal(got.values, weight.values)
+    assert torch.equal(got.scales, weight.scales)
+
+
+def test_an_int8_linear_unpacks_to_the_matrix_it_multiplies_with_in_a_quarter_of_the_bytes(kernels: NativeKernels) -> None:
+    weight = Int8Weight.of(random(64, 40))
+    linear = kernels.packed_linear(weight)
+    assert torch.equal(linear.unpack(), weight.widened())
+    assert linear.nbytes == weight.nbytes == 64 * 40 + 64 * 4
+
+
+# ---- bottlenecks ----
+
+
+def bottleneck_case(n: int, slots: int, rank: int, width: int) -> tuple[Any, ...]:
+    """x, y, weights, index, slot: n of n + 3 tokens, in random order, sorted by slot."""
+    generator = torch.Generator().manual_seed(n)
+    index = torch.randperm(n + 3, generator=generator)[:n]
+    slot = torch.randint(slots, (n,), generator=generator).sort().values
+    weights = (random(slots, rank, width, seed=1) * 0.2, random(slots, rank, seed=2), random(slots, rank, width, seed=3))
+    return random(n + 3, width), random(n + 3, width, seed=4), (*weights, random(slots, width, seed=5)), index, slot
+
+
+@quick
+@given(
+    n=st.integers(0, 40), slots=st.integers(1, 9), rank=st.integers(1, 35), width=st.integers(1, 300),
+    activation=st.sampled_from(library.ACTIVATIONS),
+)  # fmt: skip
+def test_bottleneck_equals_torch(kernels: NativeKernels, n: int, slots: int, rank: int, width: int, activation: str) -> None:
+    x, got, weights, index, slot = bottleneck_case(n, slots, rank, width)
+    want = got.clone()
+    kernels.bottleneck(x, got, activation, weights, index, slot)
+    reference.bottleneck(x, want, ACTIVATIONS[activation], weights, index, slot)
+    close(got, want, 1e-3)
+
+
+def test_native_activations_are_those_that_adapters_may_name() -> None:
+    assert set(library.ACTIVATIONS) == set(ACTIVATIONS)
+
+
+@pytest.mark.parametrize("activation", library.ACTIVATIONS)
+def test_a_native_activation_is_torchs_from_end_to_end(kernels: NativeKernels, activation: str) -> None:
+    x, eye, none = torch.linspace(-30, 30, 4096).view(-1, 64), torch.eye(64)[None], torch.zeros(1, 64)
+    got, everyone = torch.zeros_like(x), torch.arange(len(x))
+    kernels.bottleneck(x, got, activation, (eye, none, eye, none), everyone, torch.zeros_like(everyone))
+    want = ACTIVATIONS[activation](x.double()).float()
+    assert ((got - want).abs() <= 3e-7 * (1 + x.abs())).all()
+
+
+@pytest.mark.parametrize("activation", library.ACTIVATIONS)
+def test_a_row_of_a_bottleneck_has_the_same_bits_in_any_company(kernels: NativeKernels, activation: str) -> None:
+    x, y, weights, index, slot = bottleneck_case(37, 5, 13, 77)
+    together = y.clone()
+    kernels.bottleneck(x, together, activation, weights, index, slot)
+    kernels.set_threads(3)
+    threads = y.clone()
+    kernels.bottleneck(x, threads, activation, weights, index, slot)
+    kernels.set_threads(1)
+    assert torch.equal(together, threads)
+    for i in (0, 7, 36):
+        alone = y.clone()
+        kernels.bottleneck(x, alone, activation, weights, index[i : i + 1], slot[i : i + 1])
+        assert torch.equal(alone[index[i]], together[index[i]])
+
+
+def test_a_bottleneck_may_read_what_it_adds_to(kernels: NativeKernels) -> None:
+    x, _, weights, index, slot = bottleneck_case(9, 3, 8, 40)
+    apart, own = x.clone(), x.clone()
+    kernels.bottleneck(x, apart, "silu", weights, index, slot)
+    kernels.bottleneck_over("silu", weights, index, slot, own=True)(torch.empty(0), own)
+    assert torch.equal(own, apart)
+
+
+@pytest.mark.parametrize("activation", library.ACTIVATIONS)
+def test_nan_in_one_slot_of_a_bottleneck_reaches_its_rows_alone(kernels: NativeKernels, activation: str) -> None:
+    x, y, weights, index, slot = bottleneck_case(9, 3, 8, 40)
+    clean, dirty = y.clone(), y.clone()
+    kernels.bottleneck(x, clean, activation, weights, index, slot)
+    weights[1][1] = float("nan")
+    kernels.bottleneck(x, dirty, activation, weights, index, slot)
+    assert dirty[index[slot == 1]].isnan().all()
+    others = [i for i in range(len(y)) if i not in index[slot == 1].tolist()]
+    assert torch.equal(dirty[others], clean[others])
+
+
+def test_a_bottleneck_refuses_what_does_not_fit(kernels: NativeKernels) -> None:
+    x, y, weights, index, slot = bottleneck_case(4, 3, 8, 40)
+    with pytest.raises(ValueError, match="up must be"):
+        kernels.bottleneck(x, y, "relu", (*weights[:2], weights[2].mT, weights[3]), index, slot)
+    with pytest.raises(ValueError, match="slot names a slot"):
+        kernels.bottleneck(x, y, "relu", weights, index, slot + 3)
+    with pytest.raises(ValueError, match="index names a row"):
+        kernels.bottleneck(x, y, "relu", weights, index + 7, slot)
+    with pytest.raises(ValueError, match="x must be"):
+        kernels.bottleneck(x[:, :7], y, "relu", weights, index, slot)
 
 
 # ---- LoRA ----

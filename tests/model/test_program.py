@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from adapters_store.digest import Digest
-from server.methods.base import Adapter, Part
+from server.methods import METHODS
+from server.methods.base import Adapter, Checkpoint, Limits, Part
 from server.model import program as module
 from server.model.kernels import Kernels, choose_kernels
+from server.model.loader import make_base
 from server.model.native import NativeKernels, NativeUnavailable, library, open_library
 from server.settings import default_home
-from tests.lab import Lab
+from tests.lab import BASE, Lab
 from tests.tiny import tiny_model
 
 LAYERS = 2
@@ -68,6 +70,16 @@ def vectors(method: str, pool: str, sites: Mapping[str, Mapping[str, int]]) -> A
     return Adapter(Digest.of(method.encode()), (Part(method, pool, made),))
 
 
+def bottleneck(width: int) -> Adapter:
+    """Of the form that reads nothing but the sublayer's output; any other is called from Python."""
+    shape, generator = make_base(tiny_model("llama"), BASE, torch.device("cpu"), torch.float32).shape, torch.Generator()
+    shapes = {"down": (width, 32), "down_bias": (width,), "up": (32, width), "up_bias": (32,)}
+    sites = {s.exit: {n: torch.randn(size, generator=generator) * 0.3 for n, size in shapes.items()} for s in shape.sublayers}
+    config = {"activation": "gelu", "reads": "output", "skip": 0}
+    part = METHODS["bottleneck"].read(Checkpoint("bottleneck", config, sites), shape, Limits())
+    return Adapter(Digest.of(b"bottleneck"), (part,))
+
+
 EVERYWHERE = [f"model.layers.{i}.{m}" for i in range(2) for m in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")]
 ADAPTERS = {
     "wide": lora("wide", 8, EVERYWHERE),
@@ -75,6 +87,7 @@ ADAPTERS = {
     "second": lora("second", 5, ["model.layers.0.self_attn.o_proj"]),
     "ia3": vectors("ia3", "ia3", {f"{LAYER}.self_attn.v_proj": {"out": 16}, f"{LAYER}.mlp.down_proj": {"in": 64}}),
     "bitfit": vectors("bitfit", "bitfit", {f"{LAYER}.self_attn.o_proj": {"delta": 32}, "model.norm": {"delta": 32}}),
+    "bottleneck": bottleneck(6),
     "norm": vectors("ln_tuning", "norm", {f"{LAYER}.post_attention_layernorm": {"scale": 32, "shift": 32}}),
 }
 #: Scales the input that q, k and v share, so a layer with it runs as modules.

@@ -11,16 +11,14 @@ from torch import Tensor
 from adapters_store.digest import Digest
 from server.engine.plan import Copy, Evict, Fill, Put, Row
 from server.engine.plan import Sequence as Seq
-from server.methods import METHODS, build_methods
-from server.methods.base import Adapter, BaseShape, Checkpoint, Limits, Part, Prefix
+from server.methods import build_methods
+from server.methods.base import Adapter, BaseShape, Part, Prefix
 from server.model.batch import BatchBuilder
-from server.model.kernels import Kernels, choose_kernels
 from server.model.loader import make_base
 from server.model.runner import CacheShape, Runner, block_nbytes
 from server.requests import Request, Sampling, Token
-from server.settings import default_home
 from tests.lab import BASE, Lab
-from tests.tiny import VOCAB, tiny_model
+from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
 SIZE = 4
@@ -30,14 +28,6 @@ PROMPT = [5, 9, 33, 60, 12, 71, 8]
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def native() -> Kernels:
-    chosen = choose_kernels(CPU, torch.float32, True, default_home(), lambda line: None)
-    if chosen.name != "native":
-        pytest.skip(chosen.name)
-    return chosen
 
 
 def new_runner(blocks: int = 32) -> Runner:
@@ -256,86 +246,3 @@ def test_the_test_above_notices_a_stale_gather(biases: dict[str, Adapter], monke
     monkeypatch.setattr(BatchBuilder, "forget_composition", lambda self: None)
     found = reused(biases)
     assert found["c"] != alone(biases, "c")
-
-
-# ---- isolation, to the last bit ----
-
-
-def logits_of(kernels: Kernels, mine: Adapter | None, mates: int, adapters: Sequence[Adapter], budget: int = 400) -> Tensor:
-    """The logits [12, V] of one request, with and without others in its steps."""
-    known = {adapter.digest: adapter for adapter in ([mine, *adapters] if mine else adapters)}
-    lab = Lab(tiny_model("llama"), known, kernels=kernels, max_batch_tokens=budget, blocks=400)
-    lab.submit("me", PROMPT, *([mine.digest] if mine else []), max_new_tokens=12)
-    for i in range(mates):
-        theirs = [adapters[i % len(adapters)].digest] if adapters else []
-        prompt = torch.randint(3, VOCAB, (1 + i,), generator=torch.Generator().manual_seed(i)).tolist()
-        lab.submit(f"mate {i}", prompt, *theirs, max_new_tokens=3 + i % 9)
-    lab.run()
-    return lab.logits("me")
-
-
-def zoo(name: str, seed: int) -> Adapter:
-    """One adapter of a family, as if trained; another for each seed."""
-    shape = make_base(tiny_model("llama"), BASE, CPU, torch.float32).shape
-    linear = {n: m for n, m in shape.modules.items() if m.kind == "linear" and "." in n}
-    digest = Digest.of(f"{name} {seed}".encode())
-    if name == "bitfit":
-        return bias(f"{name} {seed}".encode(), shape, 0.5)
-    if name == "lora":
-        sites = {
-            n: {"A": random(5, m.in_features, seed=seed), "B": random(m.out_features, 5, seed=9)} for n, m in linear.items()
-        }
-        return Adapter(digest, (Part("lora", "lora:8", sites),))
-    if name == "ia3":
-        scales = {n: {"out": 1 + 0.3 * random(m.out_features, seed=seed)} for n, m in linear.items()}
-        return Adapter(digest, (Part("ia3", "ia3", scales),))
-    if name == "prefix":
-        return Adapter(digest, (Part("prefix_tuning", prefix=Prefix(5, *random(2, 2, 5, 2, 8, seed=seed))),))
-    if name == "soft":
-        return Adapter(digest, (Part("prompt_tuning", prefix=Prefix(3, embeddings=random(3, 32, seed=seed))),))
-    width, size = 6, shape.hidden_size
-    sites = {
-        s.exit: {
-            "down": random(width, size, seed=seed) * 0.3,
-            "down_bias": random(width, seed=seed),
-            "up": random(size, width, seed=seed + 1) * 0.3,
-            "up_bias": random(size, seed=seed + 1),
-        }
-        for s in shape.sublayers
-    }
-    config = {"activation": "relu", "reads": "output", "skip": 0}
-    return Adapter(digest, (METHODS["bottleneck"].read(Checkpoint("bottleneck", config, sites), shape, Limits()),))
-
-
-#: Bottlenecks are products of torch's, whose rounding depends on how many rows share them; they are not among these.
-BIT_EXACT = ["bitfit", "lora", "ia3", "prefix", "soft"]
-FAMILIES = [*BIT_EXACT, "bottleneck"]
-
-
-@pytest.fixture(scope="module")
-def mixed() -> list[Adapter]:
-    return [zoo(name, seed) for seed in (1, 2) for name in FAMILIES]
-
-
-@pytest.mark.parametrize("budget", [400, 9])
-@pytest.mark.parametrize("company", ["base", "adapters"])
-@pytest.mark.parametrize("family", ["base", *BIT_EXACT])
-def test_native_logits_are_the_same_bits_alone_and_among_fifteen(
-    family: str, company: str, budget: int, native: Kernels, mixed: list[Adapter]
-) -> None:
-    mine = None if family == "base" else zoo(family, 3)
-    alone = logits_of(native, mine, 0, [])
-    assert torch.equal(logits_of(native, mine, 15, mixed if company == "adapters" else [], budget), alone)
-
-
-def test_native_logits_of_a_bottleneck_move_by_rounding_at_most(native: Kernels, mixed: list[Adapter]) -> None:
-    mine = zoo("bottleneck", 3)
-    alone = logits_of(native, mine, 0, [])
-    torch.testing.assert_close(logits_of(native, mine, 15, mixed), alone, rtol=1e-4, atol=1e-3)
-
-
-@pytest.mark.parametrize("family", ["base", *FAMILIES])
-def test_torch_logits_move_by_rounding_at_most(family: str, mixed: list[Adapter]) -> None:
-    mine = None if family == "base" else zoo(family, 3)
-    alone = logits_of(Kernels("torch"), mine, 0, [])
-    torch.testing.assert_close(logits_of(Kernels("torch"), mine, 15, mixed), alone, rtol=1e-4, atol=1e-3)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from transformers import (
 )
 
 from server.model import sampling as module
-from server.model.sampling import SampleRow, sample, score_prompt, uniform
+from server.model.sampling import SampleRow, sample, score_prompt
 from server.requests import Sampling, Token
 
 VOCAB = 61
@@ -32,7 +31,7 @@ def logits_of(rows: int, seed: int = 0, scale: float = 3.0) -> Tensor:
 
 def row(prompt: Sequence[int] = (), generated: Sequence[int] = (), **params: object) -> SampleRow:
     given = {"max_new_tokens": 9, **params}
-    return SampleRow(Sampling(**given), lambda: prompt, generated)  # type: ignore[arg-type]
+    return SampleRow(Sampling(**given), len(generated), lambda: prompt, lambda: generated)  # type: ignore[arg-type]
 
 
 def drawing(seed: int, generated: Sequence[int] = (), **params: object) -> SampleRow:
@@ -49,7 +48,7 @@ def sweep(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor, SampleRow], set[
 
     def allowed(logits: Tensor, row: SampleRow, steps: int = 20_000) -> set[int]:
         points = iter([(i + 0.5) / steps for i in range(steps)])
-        monkeypatch.setattr(module, "uniform", lambda seed, index: next(points))
+        monkeypatch.setattr("server.model.drawing.uniform", lambda seed, index: next(points))
         return set(ids(sample(logits.expand(steps, -1), [row] * steps)))
 
     return allowed
@@ -141,7 +140,7 @@ def test_the_prompt_is_read_only_for_a_repetition_penalty() -> None:
     def refuse() -> Sequence[int]:
         raise AssertionError("the prompt was read")
 
-    sample(logits_of(1), [SampleRow(Sampling(9, frequency_penalty=1.0), refuse, GENERATED)])
+    sample(logits_of(1), [SampleRow(Sampling(9, frequency_penalty=1.0), 4, refuse, lambda: GENERATED)])
 
 
 # ---- draws ----
@@ -194,27 +193,11 @@ def test_a_token_without_probability_is_never_drawn(sweep: Callable[[Tensor, Sam
 
 @pytest.mark.parametrize("extreme", [0.0, 1 - 2.0**-53])
 def test_the_ends_of_the_draw_stay_in_the_kept_tokens(extreme: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "uniform", lambda seed, index: extreme)
+    monkeypatch.setattr("server.model.drawing.uniform", lambda seed, index: extreme)
     logits = logits_of(50)
     kept = logits.topk(3).indices.tolist()
     for token, allowed in zip(ids(sample(logits, [drawing(0, top_k=3)] * 50)), kept, strict=True):
         assert token in allowed
-
-
-def test_uniform_is_a_function_of_seed_and_index_in_the_unit_interval() -> None:
-    values = [uniform(seed, index) for seed in (0, 1, 2**63, 2**64 - 1) for index in range(500)]
-    assert values == [uniform(seed, index) for seed in (0, 1, 2**63, 2**64 - 1) for index in range(500)]
-    assert all(0 <= value < 1 for value in values)
-    assert len(set(values)) > 1990
-    assert abs(sum(values) / len(values) - 0.5) < 0.02
-    correlated = sum((a - 0.5) * (b - 0.5) for a, b in pairwise(values)) / len(values)
-    assert abs(correlated) < 0.01
-
-
-def test_uniform_is_splitmix64() -> None:
-    """Its published first outputs for seed 0 are 0xE220A8397B1DCDAF and 0x6E789E6AA1B965F4."""
-    assert uniform(0, 0) == (0xE220A8397B1DCDAF >> 11) * 2.0**-53
-    assert uniform(0, 1) == (0x6E789E6AA1B965F4 >> 11) * 2.0**-53
 
 
 # ---- what is reported ----

@@ -339,3 +339,37 @@ def test_an_embedding_is_given_ids_and_the_head_the_kept_rows() -> None:
     step.rows, step.kept_rows = {"probe": rows_of([0, 1, 1])}, {"probe": rows_of([1])}
     model(torch.tensor([[3, 4, 5]]))
     assert Probe.log == ["embed [3] torch.int64 [1, 2]", "lm_head [1, 4] torch.float32 [0]"]
+
+
+class Graphable(Probe):
+    """Can be held by a graph until slot 3 is put."""
+
+    @property
+    def graphable(self) -> bool:
+        return 3 not in self.held
+
+
+def test_the_version_is_another_whenever_a_graph_would_be_stale() -> None:
+    probes = Probes(lambda pool, module: Graphable(pool, 10))
+    sites = Sites(Toy(), SHAPE, Step(), {"probe": probes}, CPU, torch.float32)
+    seen = [sites.version]
+
+    def changed() -> bool:
+        seen.append(sites.version)
+        return seen[-1] != seen[-2]
+
+    sites.put(Part("probe", "p", {"first": {}, "second": {}}), 1)
+    assert changed()  # ops came
+    sites.put(Part("probe", "p", {"first": {}}), 0)
+    assert not changed()  # room was there
+    sites.put(Part("probe", "p", {"first": {}}), 2)
+    assert changed()  # a pool grew
+    assert sites.graphable("p")
+    sites.put(Part("probe", "p", {"first": {}}), 3)
+    assert changed()
+    assert not sites.graphable("p")
+    assert sites.graphable("another pool")
+    sites.clear("p", 2)
+    assert not changed()
+    sites.clear("p", 1)
+    assert changed()  # the last of `second` went

@@ -42,6 +42,7 @@ class Config:
     make: Callable[[Places], peft.PeftConfig]
     on: Callable[[Places], bool] = _anywhere
     dtype: torch.dtype = torch.float32  # of the tensors in the file
+    task: int | None = None  # of a multitask prompt
 
     def architectures(self) -> list[str]:
         return [name for name, places in PLACES.items() if self.on(places)]
@@ -170,6 +171,10 @@ OTHERS: Mapping[str, Config] = {
             encoder_dropout=0.3,
         )
     ),
+    "multitask": Config(lambda p: peft.MultitaskPromptTuningConfig(num_virtual_tokens=4, num_tasks=3, num_ranks=2), task=1),
+    "multitask_first_task": Config(
+        lambda p: peft.MultitaskPromptTuningConfig(num_virtual_tokens=2, num_tasks=2, num_ranks=1), task=0
+    ),
     "cpt": Config(
         lambda p: peft.CPTConfig(
             task_type=peft.TaskType.CAUSAL_LM,
@@ -193,7 +198,22 @@ OTHERS: Mapping[str, Config] = {
     "adalora_alpha": Config(
         lambda p: peft.AdaLoraConfig(target_modules=p.linear, init_r=3, target_r=2, lora_alpha=5, total_step=10)
     ),
+    "adalora_bias_all": Config(
+        lambda p: peft.AdaLoraConfig(target_modules=[p.query], init_r=2, bias="all", total_step=10), on=lambda p: p.biases
+    ),
+    "adalora_layers": Config(
+        lambda p: peft.AdaLoraConfig(
+            target_modules=[p.down], init_r=4, layers_to_transform=[1], layers_pattern=p.layers, total_step=10
+        )
+    ),
+    "adalora_saves_embedding": Config(
+        lambda p: peft.AdaLoraConfig(target_modules=[p.query], modules_to_save=[p.embedding], total_step=10), on=_untied
+    ),
     "vera": Config(lambda p: peft.VeraConfig(target_modules=[p.out], r=8)),
+    "vera_bias_all": Config(lambda p: peft.VeraConfig(target_modules=[p.out], r=4, bias="all"), on=lambda p: p.biases),
+    "vera_layers": Config(
+        lambda p: peft.VeraConfig(target_modules=[p.up], r=6, layers_to_transform=[1], layers_pattern=p.layers)
+    ),
     "vera_two_shapes": Config(lambda p: peft.VeraConfig(target_modules=[p.query, p.up], r=12, d_initial=0.3)),
 }
 

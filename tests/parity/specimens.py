@@ -7,7 +7,7 @@ import json
 import warnings
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import peft
@@ -19,7 +19,9 @@ from transformers import PreTrainedModel
 from adapters_store.digest import Digest
 from server.methods import METHODS
 from server.methods.base import Adapter, BaseShape, Checkpoint, Limits
+from server.methods.derive import derive
 from server.methods.read import read_adapter
+from server.recipes import Task
 from tests.parity.configs import Config
 from tests.parity.places import PLACES
 
@@ -50,7 +52,8 @@ def peft_specimen(
 ) -> Specimen:
     """What PEFT saves for `config`; the oracle is what PEFT loads from that directory."""
     oracle = saved_and_loaded(config, architecture, model, directory)
-    return Specimen(name, _read(directory, base, name), _logits(oracle))
+    given = {} if config.task is None else {"task_ids": torch.tensor([config.task])}
+    return Specimen(name, _of_task(_read(directory, base, name), config.task), _logits(oracle, **given))
 
 
 def saved_and_loaded(config: Config, architecture: str, model: PreTrainedModel, directory: Path) -> nn.Module:
@@ -137,12 +140,19 @@ def _read(directory: Path, base: BaseShape, name: str) -> Adapter:
     return read_adapter({path.name: path for path in directory.iterdir()}, base, Limits(), Digest.of(name.encode()))
 
 
-def _logits(model: nn.Module) -> Callable[[list[int]], Tensor]:
+def _of_task(adapter: Adapter, task: int | None) -> Adapter:
+    """What a request with this `task_id` is answered with, under the digest of the whole."""
+    if task is None:
+        return adapter
+    return replace(derive(Task(adapter.digest, task), lambda source: adapter), digest=adapter.digest)
+
+
+def _logits(model: nn.Module, **given: Tensor) -> Callable[[list[int]], Tensor]:
     @torch.inference_mode()
     def run(ids: list[int]) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            logits: Tensor = model(input_ids=torch.tensor([ids])).logits[0]
+            logits: Tensor = model(input_ids=torch.tensor([ids]), **given).logits[0]
         return logits
 
     return run

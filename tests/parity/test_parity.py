@@ -87,10 +87,15 @@ def poisoned(adapter: Adapter) -> Adapter:
 
 
 def _poisoned(part: Part) -> Part:
-    sites = {m: {k: torch.full_like(t, torch.nan) for k, t in tensors.items()} for m, tensors in part.sites.items()}
+    sites = {module: {name: _nan(tensor) for name, tensor in site.items()} for module, site in part.sites.items()}
     return replace(part, sites=sites, prefix=part.prefix and _poisoned_prefix(part.prefix))
+
+
+def _nan(tensor: torch.Tensor) -> torch.Tensor:
+    """Token ids stay what they are."""
+    return torch.full_like(tensor, torch.nan) if tensor.is_floating_point() else tensor
 
 
 def _poisoned_prefix(prefix: Prefix) -> Prefix:
     stored = {field: getattr(prefix, field) for field in ("keys", "values", "embeddings")}
-    return replace(prefix, **{field: torch.full_like(t, torch.nan) for field, t in stored.items() if t is not None})
+    return replace(prefix, **{field: _nan(tensor) for field, tensor in stored.items() if tensor is not None})

@@ -43,6 +43,8 @@ class Server:
     block_size: int
     slots: int
     budget: int
+    beside: int  # tokens of a prompt beside streams
+    speculate: int
     running: int
 
 
@@ -60,6 +62,8 @@ SERVERS = st.builds(
     block_size=st.just(4),
     slots=st.integers(2, 8),
     budget=st.integers(4, 64),
+    beside=st.sampled_from([0, 1, 3, 9]),
+    speculate=st.sampled_from([0, 0, 1, 4]),
     running=st.integers(3, 12),
 )
 
@@ -71,7 +75,9 @@ class Bench:
     zoo: Zoo
     kernels: Kernels
     alone: dict[tuple[str, int], tuple[Token, ...]] = field(default_factory=dict)
-    seen: dict[str, int] = field(default_factory=lambda: {"preemptions": 0, "evictions": 0, "cancelled": 0, "cached": 0})
+    seen: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("preemptions", "evictions", "cancelled", "cached", "guessed"), 0)
+    )
 
     @property
     def names(self) -> list[str]:
@@ -92,6 +98,8 @@ class Bench:
             block_size=server.block_size,
             slots=server.slots,
             max_batch_tokens=server.budget,
+            max_prefill_tokens=server.beside,
+            speculate=server.speculate,
             max_running=server.running,
         )
         self._run(lab, arrivals)
@@ -142,6 +150,7 @@ class Bench:
     def _count(self, lab: Lab) -> None:
         self.seen["preemptions"] += lab.observer.preemptions
         self.seen["evictions"] += lab.observer.evictions
+        self.seen["guessed"] += lab.observer.guessed
         self.seen["cancelled"] += sum(event.finish is FinishReason.CANCELLED for event in lab.events)
         self.seen["cached"] += sum(event.cached_tokens > 0 for event in lab.events if event.finish is not None)
 

@@ -124,9 +124,9 @@ void copy_value(const Call &c, const float *value, float *to) {
     std::memcpy(to + d * CHUNK, value + d, (c.dim - d) * sizeof(float));
 }
 
-// Copies one chunk of K (transposed) and V into panels while the next one comes from memory. What is copied for
+// Copies one chunk of K (transposed) and, if asked to, V into panels while the next one comes from memory. What is copied for
 // positions outside `seen` is never used.
-void stage_chunk(const Call &c, const Located &rows, const Located *next, Span seen, Work &w) {
+void stage_chunk(const Call &c, const Located &rows, const Located *next, Span seen, bool values, Work &w) {
     for (index_t i = 0; i < CHUNK; i += LANES) {
         if (next)
             for (index_t j = i; j < i + LANES; j++) fetch(next->k[j], c.dim);
@@ -134,7 +134,7 @@ void stage_chunk(const Call &c, const Located &rows, const Located *next, Span s
     }
     for (index_t i = 0; i < CHUNK; i++) {
         if (next) fetch(next->v[i], c.dim);
-        if (i >= seen.from && i < seen.to) copy_value(c, rows.v[i], w.values + i * PANEL);
+        if (values && i >= seen.from && i < seen.to) copy_value(c, rows.v[i], w.values + i * PANEL);
     }
 }
 
@@ -171,6 +171,16 @@ void weigh(const Call &c, Work &w, index_t from, index_t to, Span at, float *acc
                          acc + from * c.padded() + d, c.padded(), resume);
 }
 
+// The same for rows that all see `seen`, over V as it lies in its pages: positions in one order, so the same sums.
+void weigh_direct(const Call &c, Work &w, index_t rows, const Located &where, Span seen, float *acc) {
+    for (index_t from = seen.from, to; from < seen.to; from = to) {
+        for (to = from + 1; to < seen.to && where.v[to] == where.v[to - 1] + c.row_stride();) to++;
+        for (index_t d = 0; d < c.dim; d += PANEL)
+            product<VECTORS>(rows, w.scores + from, CHUNK, Rows<float>{where.v[from] + d, c.row_stride()}, to - from,
+                             acc + d, c.padded(), from > seen.from);
+    }
+}
+
 // Rows of one tile see overlapping spans: what all of them see is computed together, the rest row by row, in order.
 void weigh_tile(const Call &c, Work &w, index_t from, index_t to, const Span *seen, float *acc) {
     Span common{seen[to - 1].from, seen[from].to};
@@ -188,19 +198,26 @@ Span seen_by_all(const Call &c, const Task &t, index_t chunk) {
     return {visible(c, position(c, t, t.first), chunk).from, visible(c, position(c, t, t.last - 1), chunk).to};
 }
 
-void stage(const Call &c, const Task &t, index_t chunk, Span seen, Work &w) {
-    Located rows, next;
+// `after` is the task that this thread will most likely run next, or null.
+void stage(const Call &c, const Task &t, index_t chunk, Span seen, const Task *after, bool values, Located &rows, Work &w) {
+    Located next;
     locate(c, t, chunk, seen, rows);
     bool more = chunk + 1 < t.chunk + t.chunks;
-    if (more) locate(c, t, chunk + 1, seen_by_all(c, t, chunk + 1), next);
-    stage_chunk(c, rows, more ? &next : nullptr, seen, w);
+    if (more)
+        locate(c, t, chunk + 1, seen_by_all(c, t, chunk + 1), next);
+    else if (after)
+        locate(c, *after, after->chunk, seen_by_all(c, *after, after->chunk), next);
+    stage_chunk(c, rows, more || after ? &next : nullptr, seen, values, w);
 }
 
-void chunk_partial(const Call &c, const Task &t, index_t chunk, Work &w, Partial partial) {
+void chunk_partial(const Call &c, const Task &t, index_t chunk, const Task *after, Work &w, Partial partial) {
     index_t rows = rows_of(c, t), group = c.group();
     Span *seen = w.seen, all = seen_by_all(c, t, chunk);
     for (index_t r = 0; r < rows; r++) seen[r] = visible(c, position(c, t, t.first + r / group), chunk);
-    stage(c, t, chunk, all, w);
+    // One query's few heads read V where it lies; many rows read a copy that has no gaps.
+    bool direct = t.last - t.first == 1 && rows <= MAX_ROWS && c.dim % PANEL == 0;
+    Located where;
+    stage(c, t, chunk, all, after, !direct, where, w);
     for (index_t p = 0; p * PANEL < all.to; p++)
         product<VECTORS>(rows, w.queries, c.dim, Rows<float>{w.keys + p * c.dim * PANEL, PANEL}, c.dim,
                          w.scores + p * PANEL, CHUNK);
@@ -214,6 +231,7 @@ void chunk_partial(const Call &c, const Task &t, index_t chunk, Work &w, Partial
         partial.l[r] = 0;
         seen[r].to <= 0 ? first = r + 1 : last = last < r ? last : r;
     }
+    if (direct && first < last) return weigh_direct(c, w, rows, where, all, partial.acc);
     for (index_t from = first; from < last; from += MAX_ROWS)
         weigh_tile(c, w, from, from + MAX_ROWS < last ? from + MAX_ROWS : last, seen, partial.acc);
 }
@@ -251,13 +269,13 @@ Partial empty(float *p, index_t rows) {
     return partial;
 }
 
-void run_whole(const Call &c, const Task &t) {
+void run_whole(const Call &c, const Task &t, const Task *after) {
     index_t rows = rows_of(c, t);
     Work w(c, rows);
     stage_queries(c, t, w);
     Partial total = empty(w.running, rows), partial(w.partial, rows);
     for (index_t i = 0; i < t.chunks; i++) {
-        chunk_partial(c, t, t.chunk + i, w, partial);
+        chunk_partial(c, t, t.chunk + i, after, w, partial);
         merge(c, rows, total, partial);
     }
     finish(c, t, total);
@@ -268,7 +286,7 @@ void run_piece(const Call &c, const Task &t, index_t piece) {
     Work w(c, rows);
     stage_queries(c, t, w);
     for (index_t i = piece * PIECE; i < end; i++)
-        chunk_partial(c, t, t.chunk + i, w, Partial(t.partials + i * Partial::size(c, rows), rows));
+        chunk_partial(c, t, t.chunk + i, nullptr, w, Partial(t.partials + i * Partial::size(c, rows), rows));
 }
 
 void gather_pieces(const Call &c, const Task &t) {
@@ -335,7 +353,8 @@ void team_attention(const Call &c, const AttentionPlan &plan) {
     index_t count = static_cast<index_t>(plan.tasks.size()), pieces = static_cast<index_t>(plan.pieces.size());
     if (!pieces) {
 #pragma omp for schedule(dynamic)
-        for (index_t i = 0; i < count; i++) run_whole(c, plan.tasks[i]);
+        for (index_t i = 0; i < count; i++)
+            run_whole(c, plan.tasks[i], i + threads < count ? &plan.tasks[i + threads] : nullptr);
         return;
     }
 #pragma omp for schedule(dynamic)

@@ -15,7 +15,7 @@ namespace {
 
 constexpr int WORDS = 16;
 
-enum Kind : std::int64_t { NORM, LINEAR, LORA, WRITE, ATTEND, ADD, SILU_MUL, GELU_TANH_MUL, ADD_ROWS, MUL_ROWS };
+enum Kind : std::int64_t { NORM, LINEAR, LORA, WRITE, ATTEND, ADD, SILU_MUL, GELU_TANH_MUL, ADD_ROWS, MUL_ROWS, BOTTLENECK };
 
 // What changes from step to step; every pointer as an integer, like the words of an instruction.
 struct Frame {
@@ -76,6 +76,10 @@ int prepare(const Instruction &i, Ready &ready) {
         if (int rule = rows_rule(i, 5)) return rule;
         ready.groups = lora_groups(at<std::int64_t>(i[6]), i[7]);
     }
+    if (i.kind() == BOTTLENECK) {
+        if (int rule = rows_rule(i, 6)) return rule;
+        ready.groups = lora_groups(at<std::int64_t>(i[7]), i[8]);
+    }
     if (i.kind() == ADD_ROWS || i.kind() == MUL_ROWS) return rows_rule(i, 2);
     if (i.kind() == WRITE && !all_within(at<std::int64_t>(i.frame->write), i.frame->tokens, i[5])) return 1000 * WRITE + 1;
     if (i.kind() == ATTEND) {
@@ -84,6 +88,13 @@ int prepare(const Instruction &i, Ready &ready) {
         ready.plan = attention_plan(call);
     }
     return 0;
+}
+
+// A bottleneck whose input is the output it adds to.
+void bottleneck(const Instruction &i, const LoraGroups &groups) {
+    Bend between{static_cast<int>(i[0]), at<float>(i[3]), at<float>(i[5])};
+    team_lora(false, i.rows(1), i.rows(1), at<void>(i[2]), at<void>(i[4]), at<std::int64_t>(i[6]), groups, i[8], i[10], i[10],
+              i[11], at<float>(i[12]), &between);
 }
 
 void run(const Instruction &i, const Ready &ready) {
@@ -103,6 +114,7 @@ void run(const Instruction &i, const Ready &ready) {
             return team_add_rows(i.rows(0), at<float>(i[1]), at<std::int64_t>(i[2]), at<std::int64_t>(i[3]), i[4], i[6]);
         case MUL_ROWS:
             return team_mul_rows(i.rows(0), at<float>(i[1]), at<std::int64_t>(i[2]), at<std::int64_t>(i[3]), i[4], i[6]);
+        case BOTTLENECK: return bottleneck(i, *ready.groups);
         case GELU_TANH_MUL: return team_gelu_tanh_mul(i.rows(0), i.rows(1), i.rows(2), tokens, i[3]);
     }
 }
@@ -119,7 +131,7 @@ ADAPTERD_EXPORT int adapterd_layer(const std::int64_t *program, std::int64_t cou
     std::vector<Ready> ready(count);
     for (index_t i = 0; i < count; i++) {
         Instruction instruction{program + i * WORDS, &frame};
-        if (instruction.kind() < NORM || instruction.kind() > MUL_ROWS) return -1;
+        if (instruction.kind() < NORM || instruction.kind() > BOTTLENECK) return -1;
         if (int rule = prepare(instruction, ready[i])) return rule;
     }
 #pragma omp parallel num_threads(threads)

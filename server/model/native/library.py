@@ -59,7 +59,7 @@ _ATTENTION_RULES = (
 _WRITE_RULES = ("", _ATTENTION_RULES[-1])
 
 #: Instructions of a layer, in the order of `Kind` in layer.cpp.
-NORM, LINEAR, LORA, WRITE, ATTEND, ADD, SILU_MUL, GELU_TANH_MUL, ADD_ROWS, MUL_ROWS = range(10)
+NORM, LINEAR, LORA, WRITE, ATTEND, ADD, SILU_MUL, GELU_TANH_MUL, ADD_ROWS, MUL_ROWS, BOTTLENECK = range(11)
 INSTRUCTION_WORDS, FRAME_WORDS = 16, 11
 _LAYER_RULES = {LORA: _LORA_RULES, WRITE: _WRITE_RULES, ATTEND: _ATTENTION_RULES}
 
@@ -234,6 +234,18 @@ class BottleneckRun:
         broken = self._call(self._activation, given.data_ptr(), y.data_ptr(), *self._at, n, tokens, slots, width, rank)
         if broken:
             raise ValueError(_LORA_RULES[broken])
+
+    @property
+    def space(self) -> int:
+        """Floats of space that an instruction needs."""
+        n, _, _, rank = self._sizes
+        return n * rank + 1
+
+    def words(self, x: int, y: int, low: int) -> tuple[int, ...]:
+        """As an instruction of a layer; addresses of x, y and of its space. Raises: ValueError unless x is y."""
+        if not self._own:
+            raise ValueError("a bottleneck is an instruction only where it reads the output it adds to")
+        return (BOTTLENECK, self._activation, y, *self._at, *self._sizes, low)
 
 
 class NativeKernels:
