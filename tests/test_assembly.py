@@ -12,7 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from server import assembly
-from server.assembly import CacheSizeError, Server, assemble, cache_shape, choose_device, scheduler_limits, seed_demo
+from server.assembly import (
+    CacheSizeError,
+    Server,
+    adapter_budget,
+    assemble,
+    cache_shape,
+    check_files,
+    choose_device,
+    scheduler_limits,
+    seed_demo,
+)
 from server.demo import DemoAdapter
 from server.errors import AdapterError, UnavailableError
 from server.methods import METHODS
@@ -20,7 +30,7 @@ from server.model.attention import UnsupportedModelError
 from server.model.loader import Base, load_base, rounded
 from server.model.runner import CacheShape, block_nbytes
 from server.settings import Settings
-from tests.e2e.uploads import lora
+from tests.e2e.uploads import HIDDEN, lora
 
 Change = Callable[[Path], None]
 
@@ -67,6 +77,12 @@ def test_without_a_size_the_cache_takes_a_share_of_free_memory(base: Base, monke
     blocks = 40
     monkeypatch.setattr(assembly, "_free_memory", lambda device: blocks * block_nbytes(base, 16) / assembly.FREE_MEMORY_SHARE)
     assert cache_shape(Settings(), base) == CacheShape(blocks, 16)
+
+
+def test_adapters_get_what_they_are_given_or_a_share_of_free_memory(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assembly, "_free_memory", lambda device: 4000)
+    assert adapter_budget(Settings(), base) == 1000
+    assert adapter_budget(Settings(adapter_memory_mb=1.5), base) == 3 << 19
 
 
 @pytest.mark.parametrize(
@@ -149,6 +165,18 @@ def saved(files: dict[str, bytes], directory: Path) -> Path:
     for name, data in files.items():
         (directory / name).write_bytes(data)
     return directory
+
+
+def test_an_upload_that_the_device_could_never_hold_is_refused_by_name(base: Base, tmp_path: Path) -> None:
+    directory = saved(lora(1), tmp_path / "lora")
+    files = {path.name: path for path in directory.iterdir()}
+    needed = 2 * 2 * 8 * (HIDDEN + HIDDEN) * 4  # two layers, slots 0 and 1, rank bucket 8, fp32
+    assert check_files(files, base, Settings(), needed)["methods"] == ["lora"]
+    message = (
+        rf"^lora: the adapter needs {needed} bytes of device memory, over this server's {needed - 1} \(--adapter-memory-mb\)"
+    )
+    with pytest.raises(AdapterError, match=message):
+        check_files(files, base, Settings(), needed - 1)
 
 
 # -- the demo

@@ -101,7 +101,9 @@ def test_a_value_out_of_range_names_its_field_and_limit(field: str, value: objec
     assert limit in message
 
 
-@pytest.mark.parametrize("field", ["kv_cache_gb", "adapter_memory_mb", "max_request_mb", "max_upload_mb", "request_timeout", "drain_seconds"])
+@pytest.mark.parametrize(
+    "field", ["kv_cache_gb", "adapter_memory_mb", "max_request_mb", "max_upload_mb", "request_timeout", "drain_seconds"]
+)
 @pytest.mark.parametrize("value", ["inf", "nan"])
 def test_no_number_may_be_infinite_or_none_at_all(field: str, value: str) -> None:
     assert refusal(**{field: value})[0] == field

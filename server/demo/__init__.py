@@ -39,4 +39,6 @@ DEMO: tuple[DemoAdapter, ...] = (
     DemoAdapter("bullets-bitfit", "eve", "bitfit", "answers in three bullet points"),
     DemoAdapter("terse-prompt", "fay", "prompt_tuning", "answers in a word or two"),
     DemoAdapter("letter-ptuning", None, "p_tuning", "answers with a short letter"),
+    DemoAdapter("sentiment-head", None, "head+discrete_prompt", "tells positive reviews from negative ones, on /classify"),
+    DemoAdapter("sentiment-prompt", None, "discrete_prompt", "the same, by which word the base would go on with"),
 )

@@ -62,7 +62,7 @@ class Sequence:
 class Row:
     """`count` positions of one sequence, from `start` on; the last of them may be guesses, to be verified.
 
-        ids [97 12 55 8]   start 3, draft (4, 31)   ->   positions 3 4 5 with ids 8 4 31
+    ids [97 12 55 8]   start 3, draft (4, 31)   ->   positions 3 4 5 with ids 8 4 31
     """
 
     sequence: Sequence

@@ -72,8 +72,12 @@ async def test_both_ratios_are_those_of_the_server() -> None:
     found = findings.interference
     assert found is not None
     assert (found.streams, found.long_prompt_tokens) == (3, LONG)
-    assert 1.3 < found.spread("first_token_ratio").median < 3
-    assert 1.2 < found.spread("gap_ratio").median < 6
+    (met,) = found.rounds
+    assert found.spread("first_token_ratio").median == met.beside / met.alone
+    assert found.spread("gap_ratio").median == met.met_p99 / met.gap_p99
+    assert met.beside >= 0.2  # what the server took beside streams, however slow this machine is
+    assert met.alone >= 0.1
+    assert met.gap_p50 >= 0.01
     assert [load.label for load in findings.loads][:3] == [
         "long prompt alone, round 1",
         "streams, round 1",

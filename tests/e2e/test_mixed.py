@@ -86,7 +86,7 @@ async def test_the_same_with_little_memory_for_adapters_and_blocks_for_few_reque
     serve: Serve, tiny_base: Path, fleet: list[Member]
 ) -> None:
     """Evictions, for slots and for bytes, and preemptions change nothing but the time it takes."""
-    tight = ("--adapter-slots", "5", "--adapter-memory-mb", "0.4", "--kv-cache-gb", "0.00008", "--max-batch-tokens", "40")
+    tight = ("--adapter-slots", "5", "--adapter-memory-mb", "0.4", "--kv-cache-gb", "0.00006", "--max-batch-tokens", "40")
     with serve("--model", str(tiny_base), *tight) as server:
         for member in fleet:
             assert server.upload(member.name, member.files).status_code == 201

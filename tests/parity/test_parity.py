@@ -52,6 +52,7 @@ def test_eviction_forced(zoo: Zoo, kernels: Kernels) -> None:
         for name in zoo.expected:
             zoo.submit(lab, name, str(turn))
     lab.run()
+    lab.check_bytes()
     assert lab.observer.evictions >= 5
     for turn in range(2):
         zoo.check(lab, str(turn))

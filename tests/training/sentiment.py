@@ -64,6 +64,9 @@ HELD_OUT = (
     ("negative", "I was bored after ten minutes and left at the break."),
 )
 
+#: How many of the held-out lines the demo's two classifiers get right, as train_sentiment.py prints.
+HELD_OUT_RIGHT = {"sentiment-head": 30, "sentiment-prompt": 28}
+
 
 def training_lines() -> list[tuple[str, str]]:
     """(label, line), both labels equally often."""
