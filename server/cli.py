@@ -134,7 +134,7 @@ def _announce(settings: Settings, url: str) -> None:
         from .demo import DEMO
 
         for demo in DEMO:
-            print(f"  user {demo.user_id or '-':<6} {demo.name:<22} {demo.method:<15} {demo.what}", flush=True)
+            print(f"  user {demo.user_id or '-':<6} {demo.name:<22} {demo.method:<20} {demo.what}", flush=True)
 
 
 # -- pull ------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Final
 
-
 from ..errors import AdapterError
 from ..methods.base import Checkpoint, Tensors
 from .peft_fields import refuse_unserved, shown_value

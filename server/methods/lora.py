@@ -35,7 +35,7 @@ from .base import (
     check_shape,
     site_shape,
 )
-from .grouped import AddRows, Pool, PooledOp, RunsOp, split_of
+from .grouped import AddRows, Pool, RunsOp, split_of
 from .lora_embedding import EmbeddingLoraOp
 
 #: kernel(A, B, rows) -> run, which adds B[slot]^T A[slot] x to the pool's rows; A [S, r, in], B [S, r, out]. A run is made
