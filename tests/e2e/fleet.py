@@ -5,6 +5,7 @@ One base in memory serves as the oracle of all of them: each adapter is put on, 
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import warnings
@@ -216,7 +217,8 @@ class Fleet:
     @contextmanager
     def _wearing(self, recipe: Recipe, ids: list[int], random: torch.Generator) -> Iterator[tuple[Any, Files]]:
         if recipe.config is not None:
-            with self._peft(recipe, recipe.config(ids), random) as worn:
+            # A copy: PEFT writes the base's sizes into a config, which may be one that another base will use too.
+            with self._peft(recipe, copy.deepcopy(recipe.config(ids)), random) as worn:
                 yield worn
         elif recipe.family == "bitfit":
             with self._bitfit(random) as worn:
