@@ -1,77 +1,41 @@
-"""Blobs: immutable bytes under their sha256. Owns `blobs/` and `staging/`; knows nothing of tenants, names or versions.
+"""Blobs: immutable bytes under their sha256. Owns `blobs/`; knows nothing of tenants, names or versions.
 
-staging/x7f3q_ab/0       a draft; its writer holds a lock on the directory, so what is not locked is dead
 blobs/sha256/9f/2c...    a blob; the first two hex digits are a directory
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
-import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Protocol
 
 from . import disk
 from .digest import Digest
-from .errors import Corrupt, disk_errors
+from .drafts import Draft, Drafts
+from .errors import disk_errors
+from .exclusion import DirectoryExclusion, Exclusion
 
 _CHUNK = 1 << 20  # bytes read at once when re-hashing
 
 
-class Draft:
-    """A blob being written. Invariant: the file at `path` holds exactly the `size` bytes that `digest` covers."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.size = 0
-        self._sha256 = hashlib.sha256()
-        self._file = disk.create(path)
-
-    def write(self, data: bytes) -> None:
-        disk.write(self._file, data)
-        self._sha256.update(data)
-        self.size += len(data)
-
-    @property
-    def digest(self) -> Digest:
-        return Digest(self._sha256.hexdigest())
-
-    def finish(self) -> None:
-        """Flush to the device, and close. The descriptor that wrote is the one synced, so no write error goes unseen.
-
-        Raises: Corrupt when the file is not as long as what was written to it.
-        """
-        length = os.fstat(self._file.fileno()).st_size
-        if length != self.size:
-            raise Corrupt(f"upload: {self.size} bytes were written, {length} are on disk")
-        disk.sync(self._file)
-        self._file.close()
-
-    def discard(self) -> None:
-        """Close, and remove what is still at `path`. Idempotent."""
-        try:
-            self._file.close()
-        finally:
-            disk.remove(self.path)
-
-
 class Blobs(Protocol):
-    """Where bytes live. `FileBlobs` is the embedded one; an object store keeps drafts local and PUTs them in `keep`."""
+    """Where bytes live: `FileBlobs` in a directory, `ObjectBlobs` in a bucket. Drafts are local with both."""
 
     def draft(self) -> Draft:
         """A new, empty draft, on the file system from which `keep` can take it."""
 
     def keep(self, drafts: Iterable[Draft]) -> None:
-        """Makes drafts blobs, durable on return. A blob already there is replaced by equal bytes."""
+        """Makes drafts blobs, durable on return. One already there that is not what it was is replaced by equal bytes."""
 
     def path(self, digest: Digest) -> Path:
-        """A readable local file, if the blob exists."""
+        """A readable local file, which exists if the blob does. Raises: Corrupt, Unavailable when it has to be fetched."""
+
+    def local_size(self, digest: Digest) -> int | None:
+        """Bytes of the file at `path`, or None when none is there. Raises: as `path`."""
 
     def size(self, digest: Digest) -> int | None:
         """Bytes, or None when there is no such blob."""
@@ -106,22 +70,18 @@ class FileBlobs:
     Invariant: a file under `blobs/sha256` is complete and durable from the moment its name exists.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, exclusion: Exclusion | None = None) -> None:
+        """`exclusion` is by locks on these directories unless it is given."""
         self._home = root / "blobs" / "sha256"
-        self._staging = root / "staging"
-        self._numbers = itertools.count()
         with disk_errors():
             self._home.mkdir(parents=True, exist_ok=True)
-            self._staging.mkdir(exist_ok=True)
             disk.sync_directory(self._home.parent)
             disk.sync_directory(root)
-            with disk.locked(self._staging):
-                self._remove_abandoned()
-                self._session, self._held = self._new_session()
+            self._drafts = Drafts(root)
+        self._exclusion = exclusion or DirectoryExclusion(self._home.parent, self._home)
 
     def draft(self) -> Draft:
-        with disk_errors():
-            return Draft(self._session / str(next(self._numbers)))
+        return self._drafts.new()
 
     def keep(self, drafts: Iterable[Draft]) -> None:
         """temp -> fsync -> rename -> fsync of the directories, so that a name never points to bytes not yet on disk."""
@@ -130,7 +90,7 @@ class FileBlobs:
             for draft in drafts:
                 draft.finish()
                 target = self.path(draft.digest)
-                target.parent.mkdir(exist_ok=True)
+                disk.make_directory(target.parent)
                 disk.move(draft.path, target)
                 shelves.add(target.parent)
             for directory in (*sorted(shelves), self._home):
@@ -138,6 +98,9 @@ class FileBlobs:
 
     def path(self, digest: Digest) -> Path:
         return self._home / digest[:2] / digest[2:]
+
+    def local_size(self, digest: Digest) -> int | None:
+        return self.size(digest)
 
     def size(self, digest: Digest) -> int | None:
         status = self._status(digest)
@@ -162,21 +125,13 @@ class FileBlobs:
             disk.remove(self.path(digest))
 
     def sweep(self) -> int:
-        with disk_errors(), disk.locked(self._staging):
-            return self._remove_abandoned()
+        return self._drafts.sweep()
 
-    @contextmanager
-    def publishing(self) -> Iterator[None]:
-        """Publishers enter one by one through the lock on `blobs/`, which a waiting collector holds: none overtakes it."""
-        with ExitStack() as stack:
-            with disk_errors(), disk.locked(self._home.parent):
-                stack.enter_context(disk.locked(self._home, shared=True))
-            yield
+    def publishing(self) -> AbstractContextManager[None]:
+        return self._exclusion.publishing()
 
-    @contextmanager
-    def collecting(self) -> Iterator[None]:
-        with disk_errors(), disk.locked(self._home.parent), disk.locked(self._home):
-            yield
+    def collecting(self) -> AbstractContextManager[None]:
+        return self._exclusion.collecting()
 
     def __iter__(self) -> Iterator[Digest]:
         """A file whose name is no digest is none of ours and is left alone."""
@@ -187,12 +142,7 @@ class FileBlobs:
 
     def close(self) -> None:
         """Drops this instance's drafts. Idempotent."""
-        if self._held is None:
-            return
-        with disk_errors(), disk.locked(self._staging):
-            shutil.rmtree(self._session, ignore_errors=True)
-            os.close(self._held)
-            self._held = None
+        self._drafts.close()
 
     def _status(self, digest: Digest) -> os.stat_result | None:
         with disk_errors():
@@ -200,19 +150,3 @@ class FileBlobs:
                 return self.path(digest).stat()
             except FileNotFoundError:
                 return None
-
-    def _new_session(self) -> tuple[Path, int | None]:
-        """This instance's own staging directory, locked for as long as the instance lives."""
-        session = Path(mkdtemp(dir=self._staging))
-        return session, disk.hold(session)
-
-    def _remove_abandoned(self) -> int:
-        """Needs the lock on `staging/`: a session between its mkdir and its lock would look abandoned."""
-        removed = 0
-        for session in [path for path in self._staging.iterdir() if path.is_dir()]:
-            held = disk.hold(session)
-            if held is not None:
-                shutil.rmtree(session)
-                os.close(held)
-                removed += 1
-        return removed

@@ -1,17 +1,16 @@
 """The catalog: which tenant's name means which content, in a SQL database. Owns every query; touches no file.
 
-SQLite by default; every statement is plain SQLAlchemy Core that PostgreSQL runs as well, and only the functions that
-name a database know which it is. One transaction per method, so a method's effect is all there or not at all.
+Every statement is plain SQLAlchemy Core that SQLite and PostgreSQL run alike (`database.py` knows what differs). One
+transaction per method, so a method's effect is all there or not at all.
 """
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Set
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from datetime import datetime
-from pathlib import Path
+from hashlib import sha256
 from typing import Any
 
 from sqlalchemy import (
@@ -20,10 +19,7 @@ from sqlalchemy import (
     FromClause,
     RowMapping,
     Select,
-    Table,
-    create_engine,
     delete,
-    event,
     func,
     insert,
     literal,
@@ -31,16 +27,22 @@ from sqlalchemy import (
     tuple_,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import DatabaseError, SQLAlchemyError
 
+from .database import AdvisoryExclusion, Database
 from .digest import Digest
-from .errors import Corrupt, NotFound, Unavailable, clip
+from .errors import NotFound, clip
+from .exclusion import Exclusion
+from .keys import ApiKeys
+from .migrations import prepare
+from .names import SHARED
+from .quota import UNLIMITED, Quota, Usage
 from .records import JSON, AdapterRecord, UserBinding
-from .schema import UtcTime, adapters, contents, prepare, users, versions
+from .schema import UtcTime, adapters, contents, users, versions
+from .sql import upsert
+from .tenants import Tenants
+from .transfer import Transfer
 
-BUSY_TIMEOUT = 30_000  # milliseconds a transaction waits for another one's write before it fails
 MAX_VERSION = 2**31 - 1
 
 Clock = Callable[[], datetime]
@@ -66,22 +68,26 @@ class Catalog:
     Invariant: a name's version numbers only rise, and a version never changes but for being deleted.
     """
 
-    def __init__(self, url: URL | str, clock: Clock) -> None:
+    def __init__(self, url: URL, clock: Clock) -> None:
         """Raises: Conflict when newer code wrote the database; Corrupt, Unavailable when it cannot be read."""
         self._clock = clock
-        self._engine = create_engine(url, pool_size=8, max_overflow=56)
-        event.listen(self._engine, "connect", _connected)
-        event.listen(self._engine, "begin", _begun)
-        self._writer = self._engine.execution_options(writes=True)
+        self._database = Database(url)
+        self.tenants = Tenants(self._read, self._write, clock)
+        self.keys = ApiKeys(self._read, self._write, clock)
+        self.transfer = Transfer(self._read, self._write)
         try:
-            with self._write() as db:
-                prepare(db)
+            prepare(self._database)
         except BaseException:
             self.close()
             raise
 
+    @property
+    def exclusion(self) -> Exclusion | None:
+        """Keeps publishers and collectors apart on every machine that uses this database; None for SQLite, which is local."""
+        return AdvisoryExclusion(self._database) if self._database.is_postgresql else None
+
     def close(self) -> None:
-        self._engine.dispose()
+        self._database.close()
 
     def add(
         self,
@@ -94,18 +100,25 @@ class Catalog:
         parts: tuple[str, ...],
         size_bytes: int,
         details: Mapping[str, JSON],
+        quota: Quota = UNLIMITED,
     ) -> tuple[AdapterRecord, bool]:
-        """A new version, and True; or the newest one, and False, when that has this digest. `blobs` is all it needs."""
+        """A new version, and True; or the newest one, and False, when that has this digest. `blobs` is all it needs.
+
+        Raises: OverQuota for a new version that is more than the tenant may keep.
+        """
         with self._write() as db:
+            if quota != UNLIMITED:
+                _alone(db, tenant)
             last = self._claim(db, tenant, name)
             newest = _first(db, _versions_of(tenant, name))
             if newest is not None and newest.digest == digest:
                 return newest, False
+            _check_quota(db, tenant, name, size_bytes, quota)
             record = AdapterRecord(tenant, name, last + 1, digest, method, parts, size_bytes, self._clock(), dict(details))
             db.execute(update(adapters).where(_is(adapters, tenant, name)).values(last_version=record.version))
             db.execute(insert(versions).values({**asdict(record), "parts": list(parts)}))
             rows = [{"digest": digest, "blob": blob} for blob in sorted(blobs)]
-            db.execute(_upsert(db, contents).on_conflict_do_nothing(), rows)
+            db.execute(upsert(db, contents).on_conflict_do_nothing(), rows)
             return record, True
 
     def get(self, tenant: str, name: str, version: int | None = None) -> AdapterRecord:
@@ -124,22 +137,39 @@ class Catalog:
             raise _no_adapter(name, None)
         return records
 
-    def list(self, tenant: str, limit: int, after: tuple[datetime, str] | None) -> tuple[AdapterRecord, ...]:
+    def list(
+        self, tenant: str, limit: int, after: tuple[datetime, str] | None, beside: str | None = None
+    ) -> tuple[AdapterRecord, ...]:
         """The newest live version of up to `limit` names, newest first, starting behind `after` (its time and name).
 
-        Walks the index by age and skips what a newer live version hides, so a page costs what it shows.
+        Names under which the tenant `beside` has an adapter of its own are left out. Walks the index by age and skips what a
+        newer live version hides, so a page costs what it shows.
         """
         newer = versions.alias()
         hidden = select(newer.c.version).where(
             _is(newer, tenant, versions.c.name), newer.c.version > versions.c.version, newer.c.deleted_at.is_(None)
         )
+        own = select(newer.c.version).where(_is(newer, beside or "", versions.c.name), newer.c.deleted_at.is_(None))
         age = tuple_(versions.c.created_at, versions.c.name)
         query = select(*_RECORD).where(versions.c.tenant == tenant, _live, ~hidden.exists())
+        if beside is not None:
+            query = query.where(~own.exists())
         if after is not None:
             query = query.where(age < tuple_(literal(after[0], UtcTime), literal(after[1])))
         query = query.order_by(versions.c.created_at.desc(), versions.c.name.desc()).limit(limit)
         with self._read() as db:
             return tuple(map(_record, db.execute(query).mappings()))
+
+    def check_quota(self, tenant: str, name: str, digest: Digest, size_bytes: int, quota: Quota) -> None:
+        """Whether `add` would take it now. Raises: OverQuota."""
+        with self._read() as db:
+            newest = _first(db, _versions_of(tenant, name))
+            if newest is None or newest.digest != digest:
+                _check_quota(db, tenant, name, size_bytes, quota)
+
+    def usage(self, tenant: str) -> Usage:
+        with self._read() as db:
+            return _usage(db, tenant)
 
     def count(self, tenant: str | None) -> int:
         """Names with a live version; of every tenant when `tenant` is None."""
@@ -164,10 +194,11 @@ class Catalog:
             needed = select(versions.c.digest).where(versions.c.digest == contents.c.digest)
             db.execute(delete(contents).where(~needed.exists()))
 
-    def needed(self) -> set[Digest]:
-        """Every blob of every version that `collect` has not forgotten."""
+    def needed(self, before: datetime) -> set[Digest]:
+        """Every blob of every version but those that `collect(before)` forgets."""
+        query = select(contents.c.blob).join(versions, versions.c.digest == contents.c.digest).distinct()
         with self._read() as db:
-            return set(db.execute(select(contents.c.blob).distinct()).scalars())
+            return set(db.execute(query.where(_live | (versions.c.deleted_at > before))).scalars())
 
     def knows(self, digest: Digest) -> bool:
         """Whether `digest` is the manifest of some version that `collect` has not forgotten."""
@@ -186,13 +217,15 @@ class Catalog:
         return found
 
     def bind_user(self, tenant: str, user_id: str, adapter_id: str) -> UserBinding:
-        """Raises: NotFound when the adapter has no live version."""
+        """The adapter is the tenant's own or a shared one. Raises: NotFound when it has no live version."""
         binding = UserBinding(tenant, user_id, adapter_id, self._clock())
         change = {"adapter_id": adapter_id, "updated_at": binding.updated_at}
         with self._write() as db:
             if _first(db, _versions_of(tenant, adapter_id)) is None:
-                raise _no_adapter(adapter_id, None)
-            row = _upsert(db, users).values(asdict(binding))
+                if _first(db, _versions_of(SHARED, adapter_id)) is None:
+                    raise _no_adapter(adapter_id, None)
+                self._claim(db, tenant, adapter_id)  # the name that the row below refers to, without a version
+            row = upsert(db, users).values(asdict(binding))
             db.execute(row.on_conflict_do_update(index_elements=["tenant", "user_id"], set_=change))
         return binding
 
@@ -218,60 +251,47 @@ class Catalog:
             if not db.execute(delete(users).where(users.c.tenant == tenant, users.c.user_id == user_id)).rowcount:
                 raise NotFound("user", user_id)
 
-    @contextmanager
-    def _read(self) -> Iterator[Connection]:
-        with _database_errors(), self._engine.begin() as db:
-            yield db
+    def _read(self) -> AbstractContextManager[Connection]:
+        """For one SELECT."""
+        return self._database.read()
 
-    @contextmanager
-    def _write(self) -> Iterator[Connection]:
-        with _database_errors(), self._writer.begin() as db:
-            yield db
+    def _write(self) -> AbstractContextManager[Connection]:
+        return self._database.write()
 
     @staticmethod
     def _claim(db: Connection, tenant: str, name: str) -> int:
         """The last version number given out. Until the transaction ends nobody else can publish under this name:
         SQLite has one writer at a time, PostgreSQL locks the row.
         """
-        db.execute(_upsert(db, adapters).values(tenant=tenant, name=name, last_version=0).on_conflict_do_nothing())
+        db.execute(upsert(db, adapters).values(tenant=tenant, name=name, last_version=0).on_conflict_do_nothing())
         query = select(adapters.c.last_version).where(_is(adapters, tenant, name)).with_for_update()
         return int(db.execute(query).scalar_one())
 
 
-def file_url(path: Path) -> URL:
-    """The SQLite database in that file, whatever characters its path has."""
-    return URL.create("sqlite", database=str(path))
+def _alone(db: Connection, tenant: str) -> None:
+    """Until the transaction ends nobody else adds under this tenant's quota: SQLite has one writer at a time."""
+    if db.dialect.name == "postgresql":
+        key = int.from_bytes(sha256(tenant.encode()).digest()[:8], signed=True)
+        db.execute(select(func.pg_advisory_xact_lock(key)))
 
 
-def _connected(connection: object, _record: object) -> None:
-    """SQLite: durable commits, and transactions begun by `_begun` instead of by the driver's guesses."""
-    if not isinstance(connection, sqlite3.Connection):
+def _check_quota(db: Connection, tenant: str, name: str, size_bytes: int, quota: Quota) -> None:
+    """Whether a new version of `name` may be kept beside the others. Raises: OverQuota."""
+    if quota == UNLIMITED:
         return
-    connection.isolation_level = None
-    for pragma in (f"busy_timeout={BUSY_TIMEOUT}", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-        connection.execute(f"PRAGMA {pragma}").close()
+    usage, known = _usage(db, tenant), _first(db, _versions_of(tenant, name)) is not None
+    # A tenant whose quota was lowered may still replace what it has, as far as the bytes allow.
+    quota.check(0 if known else usage.adapters + 1, usage.size_bytes + size_bytes)
 
 
-def _begun(db: Connection) -> None:
-    """SQLite: a writer takes its lock at once. At its first write its snapshot may be outdated, which fails."""
-    if db.dialect.name == "sqlite":
-        db.exec_driver_sql("BEGIN IMMEDIATE" if db.get_execution_options().get("writes") else "BEGIN")
-
-
-@contextmanager
-def _database_errors() -> Iterator[None]:
-    """Raises: Corrupt when the file is not (or no longer) a database, else Unavailable."""
-    try:
-        yield
-    except SQLAlchemyError as error:
-        reason = str(getattr(error, "orig", None) or type(error).__name__)
-        kind = Corrupt if type(error) is DatabaseError else Unavailable
-        raise kind(f"the store's catalog failed: {reason}") from error
-
-
-def _upsert(db: Connection, table: Table) -> sqlite.Insert | postgresql.Insert:
-    """INSERT with ON CONFLICT: the same words in both databases, a class of its own for each in SQLAlchemy."""
-    return postgresql.insert(table) if db.dialect.name == "postgresql" else sqlite.insert(table)
+def _usage(db: Connection, tenant: str) -> Usage:
+    counts = (
+        func.count(versions.c.name.distinct()),
+        func.coalesce(func.sum(versions.c.size_bytes), 0),
+        func.coalesce(func.max(versions.c.size_bytes), 0),
+    )
+    adapters, size_bytes, largest = db.execute(select(*counts).where(versions.c.tenant == tenant, _live)).one()
+    return Usage(int(adapters), int(size_bytes), int(largest))
 
 
 def _is(table: FromClause, tenant: str, name: str | ColumnElement[str]) -> ColumnElement[bool]:

@@ -43,6 +43,11 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def make_directory(directory: Path) -> None:
+    """Its parent must exist. Not yet durable; idempotent."""
+    directory.mkdir(exist_ok=True)
+
+
 def remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 

@@ -4,6 +4,7 @@ StoreError
 ├── NotFound      no such adapter, version, user or digest for this tenant; foreign and missing read the same
 ├── Invalid       an argument is wrong: `field`, what is allowed, the value
 ├── TooLarge      an upload is over its byte limit: `limit`, `value`
+├── OverQuota     a tenant would keep more than it may: `quota`, `limit`, `value`
 ├── Conflict      the state forbids it: a catalog written by newer code, an upload published twice
 ├── Corrupt       stored bytes are not what they were
 └── Unavailable   the disk or the database refused (full, locked, I/O error); the cause is chained
@@ -42,6 +43,16 @@ class TooLarge(StoreError):
 
     def __init__(self, limit: int, value: int) -> None:
         super().__init__(f"upload: at most {limit} bytes are accepted, got {value} or more")
+        self.limit = limit
+        self.value = value
+
+
+class OverQuota(StoreError):
+    """`quota` is max_adapters or max_adapter_bytes; `value` is what the tenant would have."""
+
+    def __init__(self, quota: str, limit: int, value: int) -> None:
+        super().__init__(f"{quota} is {limit}: with this upload it would be {value}")
+        self.quota = quota
         self.limit = limit
         self.value = value
 

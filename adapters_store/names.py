@@ -12,6 +12,7 @@ from .errors import Invalid
 
 NameField = Literal["tenant", "adapter_id", "user_id"]
 
+SHARED = "shared"  # the tenant whose adapters all others may use; nobody has a key of it
 MAX_NAME = 128  # characters, also of each component of a file name
 
 _PUNCTUATION = {"tenant": "-_.:/@+", "adapter_id": "-_.:/", "user_id": "-_.:/@+"}
@@ -30,6 +31,13 @@ def check_name(field: NameField, value: str) -> str:
     if ".." in value or any(part in ("", ".") for part in value.split("/")):
         raise Invalid(field, "may not hold '..', or an empty or '.' part between slashes", value)
     return value
+
+
+def check_owner(tenant: str) -> str:
+    """`tenant` itself, if it may have keys and a policy. Raises: Invalid."""
+    if check_name("tenant", tenant) == SHARED:
+        raise Invalid("tenant", "is reserved for the adapters that an operator shares with all tenants", tenant)
+    return tenant
 
 
 def check_file_name(value: str) -> str:

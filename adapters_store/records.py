@@ -19,12 +19,12 @@ JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON
 
 @dataclass(frozen=True, slots=True)
 class AdapterRecord:
-    """One immutable version of one tenant's adapter. Two records with the same digest hold the same files."""
+    """One immutable version of one tenant's adapter. Records with the same digest are one tenant's, and hold the same files."""
 
     tenant: str
     name: str
     version: int  # from 1, never given twice for one name
-    digest: Digest  # of the manifest, hence of every file's name and content
+    digest: Digest  # of the manifest, hence of the tenant and every file's name and content
     method: str
     parts: tuple[str, ...]
     size_bytes: int  # all files together
@@ -40,6 +40,27 @@ class UserBinding:
     user_id: str
     adapter_id: str
     updated_at: datetime  # aware, UTC
+
+
+@dataclass(frozen=True, slots=True)
+class TenantRecord:
+    """One tenant; `policy` is as it was given, and means something to the server alone."""
+
+    name: str
+    policy: Mapping[str, JSON] = field(hash=False)
+    created_at: datetime  # aware, UTC
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRecord:
+    """What is known of an API key, which is all but the key."""
+
+    id: str
+    tenant: str
+    scopes: tuple[str, ...]
+    note: str
+    created_at: datetime  # aware, UTC
+    revoked_at: datetime | None  # None while it works
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,12 @@
-"""The catalog's tables, and the row that says which version of them a database holds. Runs no query about adapters.
+"""The catalog's tables as this release knows them. Runs no query; `migrations` makes them, and a test compares the two.
 
 adapters  (tenant, name) -> last_version                        kept for ever, so that no version number returns
 versions  (tenant, name, version) -> digest, method, ...        immutable but for deleted_at
 contents  (digest, blob)                                        which blobs a manifest needs, itself included
 users     (tenant, user_id) -> adapter_id
-schema    one row: version
+tenants   name -> policy                                        who may own keys, and what each may have
+keys      id -> tenant, sha256, scopes, note, ...               immutable but for revoked_at; no key, only its hash
+schema    one row: 2                                            stops releases before migrations, which counted here
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from sqlalchemy import (
     JSON,
     BigInteger,
     Column,
-    Connection,
     DateTime,
     Dialect,
     ForeignKeyConstraint,
@@ -25,15 +26,12 @@ from sqlalchemy import (
     String,
     Table,
     TypeDecorator,
-    insert,
-    select,
 )
 
 from .digest import Digest
-from .errors import Conflict
 from .names import MAX_NAME
 
-SCHEMA_VERSION = 1
+_NAME = String(MAX_NAME).with_variant(String(MAX_NAME, collation="C"), "postgresql")  # ordered by bytes, as in SQLite
 
 
 class UtcTime(TypeDecorator[datetime]):
@@ -71,16 +69,16 @@ metadata = MetaData()
 adapters = Table(
     "adapters",
     metadata,
-    Column("tenant", String(MAX_NAME), primary_key=True),
-    Column("name", String(MAX_NAME), primary_key=True),
+    Column("tenant", _NAME, primary_key=True),
+    Column("name", _NAME, primary_key=True),
     Column("last_version", Integer, nullable=False),
 )
 
 versions = Table(
     "versions",
     metadata,
-    Column("tenant", String(MAX_NAME), primary_key=True),
-    Column("name", String(MAX_NAME), primary_key=True),
+    Column("tenant", _NAME, primary_key=True),
+    Column("name", _NAME, primary_key=True),
     Column("version", Integer, primary_key=True, autoincrement=False),
     Column("digest", DigestText, nullable=False, index=True),
     Column("method", String(64), nullable=False),
@@ -103,27 +101,31 @@ contents = Table(
 users = Table(
     "users",
     metadata,
-    Column("tenant", String(MAX_NAME), primary_key=True),
-    Column("user_id", String(MAX_NAME), primary_key=True),
-    Column("adapter_id", String(MAX_NAME), nullable=False),
+    Column("tenant", _NAME, primary_key=True),
+    Column("user_id", _NAME, primary_key=True),
+    Column("adapter_id", _NAME, nullable=False),
     Column("updated_at", UtcTime, nullable=False),
     ForeignKeyConstraint(["tenant", "adapter_id"], ["adapters.tenant", "adapters.name"]),
 )
 
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("name", _NAME, primary_key=True),
+    Column("policy", JSON, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+)
+
+keys = Table(
+    "keys",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("tenant", _NAME, nullable=False, index=True),  # not a foreign key: revoked keys outlive their tenant
+    Column("sha256", String(64), nullable=False, unique=True),
+    Column("scopes", JSON, nullable=False),
+    Column("note", String(200), nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    Column("revoked_at", UtcTime),  # null while the key works
+)
+
 schema = Table("schema", metadata, Column("version", Integer, primary_key=True, autoincrement=False))
-
-
-def prepare(db: Connection) -> None:
-    """Creates the tables in an empty database, all or none: `db` is in a transaction.
-
-    Raises: Conflict when the database was written by newer code.
-    """
-    metadata.create_all(db)
-    found = db.execute(select(schema.c.version)).scalar_one_or_none()
-    if found is None:
-        db.execute(insert(schema).values(version=SCHEMA_VERSION))
-    elif found > SCHEMA_VERSION:
-        raise Conflict(
-            f"the store's catalog has schema version {found}, this release reads versions up to {SCHEMA_VERSION}: "
-            "run the newer release, or restore a backup from before the upgrade"
-        )

@@ -12,8 +12,8 @@ from types import TracebackType
 from typing import Literal, Self
 
 from . import manifest
-from .blobs import Draft
 from .digest import Digest
+from .drafts import Draft
 from .errors import Conflict, Invalid, TooLarge, disk_errors
 from .manifest import Entry
 from .names import check_file_name
@@ -86,8 +86,12 @@ class Staged:
     def entries(self) -> dict[str, Entry]:
         return {name: Entry(draft.digest, draft.size) for name, draft in self._files.items()}
 
-    def seal(self) -> tuple[Digest, list[Draft]]:
-        """The adapter's digest, and every draft to keep: the files, and the manifest last. Only once.
+    def digest_for(self, tenant: str) -> Digest:
+        """What `seal` will say, as long as no file is added."""
+        return Digest.of(manifest.encode(tenant, self.entries))
+
+    def seal(self, tenant: str) -> tuple[Digest, list[Draft]]:
+        """The digest of `tenant`'s adapter, and every draft to keep: the files, and the manifest last. Only once.
 
         Raises: Invalid when there is no file; Conflict when a file broke off or the upload was published before.
         """
@@ -96,7 +100,7 @@ class Staged:
             raise Invalid("files", "an upload needs at least one file", 0)
         listing = self._new_draft()
         with disk_errors():
-            listing.write(manifest.encode(self.entries))
+            listing.write(manifest.encode(tenant, self.entries))
         self._state = "published"
         return listing.digest, [*self._files.values(), listing]
 

@@ -9,19 +9,24 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from . import disk, manifest
-from .blobs import Blobs, FileBlobs
-from .catalog import Catalog, Clock, Keys, file_url
+from . import manifest
+from .access import Access
+from .blobs import Blobs
+from .catalog import Catalog, Clock
 from .digest import Digest
-from .errors import Corrupt, Invalid, NotFound, disk_errors
-from .names import MAX_NAME, check_name
-from .records import JSON, AdapterRecord, Collected, Damage, UserBinding
+from .errors import Corrupt, Invalid, NotFound
+from .names import MAX_NAME, SHARED, check_name
+from .opening import CACHE_BYTES, open_parts
+from .quota import UNLIMITED, Quota, Usage
+from .records import JSON, AdapterRecord, UserBinding
 from .staging import Staged
+from .upkeep import Upkeep
 
 MAX_PAGE = 1000  # records per page of a listing
 
@@ -30,7 +35,7 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-class Store:
+class Store(Access, Upkeep):
     """Adapters and users of all tenants. Synchronous and thread-safe; instances and processes may share a directory.
 
     Invariant: every live version has every byte it needs, durably, whenever anybody can see it.
@@ -54,16 +59,7 @@ class Store:
 
         Raises: Conflict when newer code wrote it; Corrupt; Unavailable.
         """
-        with disk_errors():
-            root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        blobs = FileBlobs(root)
-        try:
-            with disk_errors(), disk.locked(root):  # one process at a time creates the tables and switches the database to WAL
-                catalog = Catalog(file_url(root / "catalog.sqlite3"), clock)
-        except BaseException:
-            blobs.close()
-            raise
-        return cls(blobs, catalog, clock)
+        return cls(*open_parts(root, None, None, CACHE_BYTES, clock), clock)
 
     def close(self) -> None:
         """Uploads still being staged are dropped. Idempotent."""
@@ -91,20 +87,24 @@ class Store:
         method: str,
         parts: tuple[str, ...],
         details: Mapping[str, JSON],
+        quota: Quota = UNLIMITED,
     ) -> tuple[AdapterRecord, bool]:
         """Makes an upload the newest version of `name`. Durable and visible to every process on return.
 
         The flag is False when the newest version already has exactly these files: nothing changes, and that version's
-        record is returned. Content that other names or tenants hold takes no extra space and looks no different.
+        record is returned. Files that other names or tenants hold take no extra space and look no different; the digest
+        is this tenant's own.
 
         Raises: Invalid for a name, an upload without files, details that are not JSON; Conflict for an upload that is
-            broken or already published; Unavailable.
+            broken or already published; OverQuota for a new version beyond what this tenant may keep; Unavailable.
         """
         check_name("tenant", tenant)
         check_name("adapter_id", name)
         report = _plain_json(details)
-        digest, drafts = staged.seal()
+        digest, drafts = staged.seal(tenant)
         entries = staged.entries.values()
+        size_bytes = sum(entry.size for entry in entries)
+        self._catalog.check_quota(tenant, name, digest, size_bytes, quota)  # what is refused here has left no byte behind
         with self._blobs.publishing():
             self._blobs.keep(drafts)
             return self._catalog.add(
@@ -114,8 +114,9 @@ class Store:
                 blobs={digest, *(entry.blob for entry in entries)},
                 method=method,
                 parts=parts,
-                size_bytes=sum(entry.size for entry in entries),
+                size_bytes=size_bytes,
                 details=report,
+                quota=quota,
             )
 
     def get(self, tenant: str, name: str, version: int | None = None) -> AdapterRecord:
@@ -123,21 +124,37 @@ class Store:
         check_name("tenant", tenant)
         return self._catalog.get(tenant, check_name("adapter_id", name), version)
 
+    def resolve(self, tenant: str, name: str, version: int | None = None) -> AdapterRecord:
+        """What `name` means to this tenant: its own adapter, or else a shared one. Raises: NotFound as `get` does."""
+        try:
+            return self.get(tenant, name, version)
+        except NotFound:
+            if version is None or not self._owns(tenant, name):
+                with suppress(NotFound):
+                    return self.get(SHARED, name, version)
+            raise
+
     def versions(self, tenant: str, name: str) -> tuple[AdapterRecord, ...]:
         """Newest first. Raises: NotFound."""
         check_name("tenant", tenant)
         return self._catalog.versions(tenant, check_name("adapter_id", name))
 
-    def list(self, tenant: str, *, limit: int = 100, cursor: str | None = None) -> tuple[tuple[AdapterRecord, ...], str | None]:
+    def list(
+        self, tenant: str, *, limit: int = 100, cursor: str | None = None, shared: bool = False
+    ) -> tuple[tuple[AdapterRecord, ...], str | None]:
         """The newest version of each name, newest first, and the cursor of the next page (None on the last).
 
-        An adapter published while a client pages through moves to the front and is not seen twice.
+        With `shared` also what operators share, under names that the tenant has no adapter of its own for. An adapter
+        published while a client pages through moves to the front and is not seen twice.
 
         Raises: Invalid for a limit outside 1..MAX_PAGE or a cursor that this method did not give.
         """
         check_name("tenant", tenant)
         after = None if cursor is None else _age_of(cursor)
         records = self._catalog.list(tenant, _page(limit) + 1, after)
+        if shared and tenant != SHARED:
+            more = self._catalog.list(SHARED, limit + 1, after, beside=tenant)
+            records = tuple(sorted((*records, *more), key=_age, reverse=True))
         shown = records[:limit]
         if len(records) <= limit:
             return shown, None
@@ -146,6 +163,10 @@ class Store:
     def count(self, tenant: str | None = None) -> int:
         """Adapter names in use; of every tenant by default."""
         return self._catalog.count(None if tenant is None else check_name("tenant", tenant))
+
+    def usage(self, tenant: str) -> Usage:
+        """What counts against a tenant's quota."""
+        return self._catalog.usage(check_name("tenant", tenant))
 
     def delete(self, tenant: str, name: str, version: int | None = None) -> None:
         """Deletes one version, or the adapter. At once for everybody who asks by name; `gc` frees the space.
@@ -168,9 +189,9 @@ class Store:
         """
         if not self._catalog.knows(digest):
             raise NotFound("digest", digest)
-        entries = self._manifest(digest)
+        entries = manifest.read(self._blobs, digest).files
         for name, entry in entries.items():
-            size = self._blobs.size(entry.blob)
+            size = self._blobs.local_size(entry.blob)
             if size != entry.size:
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise Corrupt(f"adapter {digest.short}: file {name!r} of {entry.size} bytes {found}")
@@ -209,52 +230,28 @@ class Store:
         check_name("tenant", tenant)
         self._catalog.delete_user(tenant, check_name("user_id", user_id))
 
-    # Upkeep.
+    def _owns(self, tenant: str, name: str) -> bool:
+        """Whether the tenant has any version of that name."""
+        try:
+            self.get(tenant, name)
+        except NotFound:
+            return False
+        return True
 
-    def gc(self, grace_seconds: float) -> Collected:
-        """Frees what versions deleted at least `grace_seconds` ago held, blobs of that age that no version ever came
-        to need (a crash between rename and commit), and uploads of dead processes.
 
-        The grace must cover the longest time between looking an adapter up and having it loaded. Publishing waits.
+def open_store(
+    root: Path,
+    catalog_url: str | None = None,
+    blobs_url: str | None = None,
+    *,
+    cache_bytes: int = CACHE_BYTES,
+    clock: Clock = utc_now,
+) -> Store:
+    """The store whose catalog is in PostgreSQL, whose blobs are in S3, or both; `root` keeps the rest, and copies of blobs.
 
-        Raises: Invalid for a negative grace.
-        """
-        if grace_seconds < 0:
-            raise Invalid("grace_seconds", "must be at least 0", grace_seconds)
-        uploads = self._blobs.sweep()
-        before = self._clock() - timedelta(seconds=grace_seconds)
-        blobs = size_bytes = 0
-        with self._blobs.collecting():
-            self._catalog.collect(before)
-            needed = self._catalog.needed()
-            for blob in self._blobs:
-                written = self._blobs.modified(blob)
-                if blob not in needed and written is not None and written <= before:
-                    size_bytes += self._blobs.size(blob) or 0
-                    self._blobs.delete(blob)
-                    blobs += 1
-        return Collected(blobs, size_bytes, uploads)
-
-    def verify(self) -> tuple[Damage, ...]:
-        """Reads every byte of every live version; what is missing or damaged. Empty when all is well.
-
-        Uploading the same files again, under any name, repairs them.
-        """
-        suspects = [blob for blob in self._catalog.dependents() if not self._blobs.intact(blob)]
-        with self._blobs.publishing():  # look again while nothing is collected: a suspect may just have been deleted
-            needed = self._catalog.dependents()
-            faults = [blob for blob in suspects if blob in needed and not self._blobs.intact(blob)]
-            return tuple(self._damage(blob, needed[blob]) for blob in faults)
-
-    def _damage(self, blob: Digest, keys: Keys) -> Damage:
-        names = tuple(f"{tenant} {name}@{version}" for tenant, name, version in keys)
-        return Damage(blob, "missing" if self._blobs.size(blob) is None else "damaged", names)
-
-    def _manifest(self, digest: Digest) -> dict[str, manifest.Entry]:
-        if self._blobs.size(digest) is None:
-            raise Corrupt(f"adapter {digest.short}: its manifest is missing")
-        with disk_errors():
-            return manifest.decode(self._blobs.path(digest).read_bytes(), digest)
+    Raises: Invalid for a URL; Conflict when newer code wrote it; Corrupt; Unavailable.
+    """
+    return Store(*open_parts(root, catalog_url, blobs_url, cache_bytes, clock), clock)
 
 
 def _plain_json(details: Mapping[str, JSON]) -> dict[str, JSON]:
@@ -264,6 +261,11 @@ def _plain_json(details: Mapping[str, JSON]) -> dict[str, JSON]:
     except (TypeError, ValueError, RecursionError) as error:
         raise Invalid("details", "must be JSON", f"{type(error).__name__}: {error}") from error
     return copy
+
+
+def _age(record: AdapterRecord) -> tuple[datetime, str]:
+    """What listings are ordered by."""
+    return record.created_at, record.name
 
 
 def _page(limit: int) -> int:

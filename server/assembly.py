@@ -20,12 +20,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from adapters_store.digest import Digest
 from adapters_store.errors import StoreError
 from adapters_store.records import JSON
-from adapters_store.store import Store
+from adapters_store.store import Store, open_store
 
 from . import __version__
 from .api.app import create_app
 from .api.readiness import Readiness
 from .checkpoints.folder import Folder
+from .checkpoints.incoming import inspector
 from .demo import BASE as DEMO_BASE
 from .demo import DEMO, DemoAdapter
 from .engine.client import Mailbox
@@ -50,7 +51,8 @@ from .model.pull import Report, quiet, resolve
 from .model.runner import CacheShape, Runner, block_nbytes
 from .model.text import Text
 from .serving import lifespan
-from .settings import Settings, default_home
+from .settings import Settings, default_home, default_store
+from .tenancy.quotas import Admission, AdmissionLimits
 
 log = structlog.get_logger(__name__)
 
@@ -73,6 +75,7 @@ class Server:
     adapter_budget: int  # bytes
     engine: Engine
     store: Store
+    metrics: Metrics
     app: FastAPI
     readiness: Readiness
 
@@ -104,7 +107,7 @@ def assemble(settings: Settings, report: Report = quiet, readiness: Readiness | 
     cache = cache_shape(settings, base)
     limits = scheduler_limits(settings, base, cache)
     budget = adapter_budget(settings, base)
-    store = _open_store(settings.store or Path.home() / ".local" / "share" / "adapterd")
+    store = _open_store(settings)
     text = Text(tokenizer_of(directory), base.eos)
     base = replace(base, shape=replace(base.shape, tokens=text.encode_piece))
     metrics = Metrics(settings.model, settings.metrics_top_k)
@@ -129,14 +132,17 @@ def assemble(settings: Settings, report: Report = quiet, readiness: Readiness | 
         mailbox.publish,
         settings.host_cache_mb << 20,
         lambda adapter: weighed(adapter.parts, base, budget),
+        Admission(admission_limits(settings)),
     )
+    readiness.watch(lambda: engine.stalled(settings.watchdog_seconds))
     app = create_app(
         engine=engine,
         text=text,
         store=store,
         metrics=metrics,
         settings=settings,
-        validate=_validator(base, settings, budget, reclaimer),
+        inspect=inspector,
+        validate=_validator(base, settings, budget, reclaimer, engine.keep),
         model_name=settings.model,
         mailbox=mailbox,
         max_total_tokens=limits.max_total_tokens,
@@ -150,7 +156,7 @@ def assemble(settings: Settings, report: Report = quiet, readiness: Readiness | 
     )
     known = {"digest": base.shape.digest.short, "kernels": kernels.name, "quantize": settings.quantize}
     log.info("base model ready", model=settings.model, **known)
-    return Server(settings, base, budget, engine, store, app, readiness)
+    return Server(settings, base, budget, engine, store, metrics, app, readiness)
 
 
 def _runner(settings: Settings, base: Base, cache: CacheShape, limits: SchedulerLimits, kernels: Kernels) -> Runner:
@@ -197,17 +203,17 @@ def _seed(server: Server, demo: DemoAdapter, tenant: str) -> None:
         for name, path in Folder.of(demo.directory).files.items():
             with staged.file(name) as file:
                 file.write(path.read_bytes())
-        details = check_files(staged.paths, server.base, server.settings, server.adapter_budget)
+        details = describe(check_files(staged.paths, server.base, server.settings, server.adapter_budget))
         store.publish(staged, tenant=tenant, name=demo.name, method=demo.method, parts=demo.parts, details=details)
     if demo.user_id:
         store.bind_user(tenant, demo.user_id, demo.name)
 
 
-def check_files(paths: Mapping[str, Path], base: Base, settings: Settings, budget: int) -> Mapping[str, JSON]:
-    """Validation as `POST /adapters` does it: with the very reader that later loads the adapter."""
+def check_files(paths: Mapping[str, Path], base: Base, settings: Settings, budget: int) -> tuple[Part, ...]:
+    """Validation as `POST /adapters` does it: with the very reader that later loads the adapter. Raises: AdapterError."""
     parts = read_parts(paths, base.shape, upload_limits(settings))
     weighed(parts, base, budget)
-    return describe(parts)
+    return parts
 
 
 def weighed(parts: Sequence[Part], base: Base, budget: int) -> Footprint:
@@ -269,6 +275,17 @@ def scheduler_limits(settings: Settings, base: Base, cache: CacheShape) -> Sched
     )
 
 
+def admission_limits(settings: Settings) -> AdmissionLimits:
+    """Tenants with keys may be strangers to each other: none of them gets the whole queue, unless the settings say so."""
+    share = -(-settings.max_waiting // 4) if settings.require_keys else None
+    return AdmissionLimits(
+        max_running=settings.max_running,
+        max_waiting=settings.max_waiting,
+        max_waiting_per_tenant=settings.max_waiting_per_tenant or share,
+        queue_timeout=settings.queue_timeout or None,
+    )
+
+
 def _context(settings: Settings, base: Base) -> int:
     longest = base.shape.max_positions
     return min(settings.max_total_tokens, longest) if settings.max_total_tokens else min(longest, MAX_CONTEXT)
@@ -278,10 +295,11 @@ def _free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def _open_store(root: Path) -> Store:
-    """Raises: UnavailableError naming the directory."""
+def _open_store(settings: Settings) -> Store:
+    """Raises: UnavailableError naming the directory; never a URL, which may hold a password."""
+    root = settings.store or default_store()
     try:
-        return Store.open(root)
+        return open_store(root, settings.catalog_url, settings.blobs_url, cache_bytes=settings.blob_cache_mb << 20)
     except StoreError as error:
         raise UnavailableError(f"--store {root}: {error}") from error
 
@@ -315,11 +333,15 @@ def _loader(store: Store, base: Base, settings: Settings, reclaimer: Reclaimer) 
 
 
 def _validator(
-    base: Base, settings: Settings, budget: int, reclaimer: Reclaimer
+    base: Base, settings: Settings, budget: int, reclaimer: Reclaimer, keep: Callable[[Adapter], None]
 ) -> Callable[[Mapping[str, Path], Digest], Mapping[str, JSON]]:
+    """Checks an upload, and has `keep` take what was read: the first request through it need not read it again."""
+
     def validate(paths: Mapping[str, Path], digest: Digest) -> Mapping[str, JSON]:
         reclaimer.passed(2 * sum(path.stat().st_size for path in paths.values()))
-        return check_files(paths, base, settings, budget)
+        parts = check_files(paths, base, settings, budget)
+        keep(Adapter(digest, parts))
+        return describe(parts)
 
     return validate
 

@@ -35,7 +35,7 @@ class Verdict:
 
     model: str
     base_weights: str  # what had to be read of the base
-    digest: Digest  # under which a server would store it
+    digest: Digest  # under which a server would store it for that tenant
     files: tuple[str, ...]
     left_out: tuple[str, ...]
     details: Mapping[str, JSON] = field(default_factory=dict)
@@ -55,8 +55,10 @@ class Verdict:
         return {**said, **self.details}
 
 
-def check_directory(directory: Path, settings: Settings, report: Report = quiet) -> Verdict:
+def check_directory(directory: Path, settings: Settings, report: Report = quiet, tenant: str = "default") -> Verdict:
     """Hold an adapter's directory against `settings.model`, which is fetched if need be, and the settings' limits.
+
+    The digest is the one it would have as an upload of `tenant`.
 
     Raises: AdapterdError for a base that cannot be had or served; a refused adapter is a verdict.
     """
@@ -68,7 +70,8 @@ def check_directory(directory: Path, settings: Settings, report: Report = quiet)
         details = describe(base.read(folder.files, upload_limits(settings)))
     except AdapterError as error:
         refusal = error
-    return Verdict(settings.model, base.weights, _digest(folder), tuple(folder.files), folder.left_out, details, refusal)
+    digest, files = _digest(folder, tenant), tuple(folder.files)
+    return Verdict(settings.model, base.weights, digest, files, folder.left_out, details, refusal)
 
 
 class _Base:
@@ -112,7 +115,8 @@ class _Base:
         return Text(tokenizer_of(self._directory))
 
 
-def _digest(folder: Folder) -> Digest:
+def _digest(folder: Folder, tenant: str) -> Digest:
     """As the store computes it, from the files as they are."""
     contents = {name: path.read_bytes() for name, path in folder.files.items()}
-    return Digest.of(manifest.encode({name: manifest.Entry(Digest.of(data), len(data)) for name, data in contents.items()}))
+    entries = {name: manifest.Entry(Digest.of(data), len(data)) for name, data in contents.items()}
+    return Digest.of(manifest.encode(tenant, entries))

@@ -6,6 +6,7 @@ AdapterdError 500 internal
 ├── AdapterError 422 adapter              an uploaded adapter's field or tensor
 ├── TooLargeError 413 too_large
 ├── UnauthorizedError 401 unauthorized
+├── ForbiddenError 403 forbidden         a key without the scope that it takes
 ├── QuotaError 403 quota
 ├── NotFoundError 404 not_found           missing or foreign: the same answer
 ├── ConflictError 409 conflict
@@ -80,10 +81,25 @@ class UnauthorizedError(AdapterdError):
     status = 401
     error_type = "unauthorized"
 
+    @property
+    def code(self) -> str:
+        return "invalid_api_key"
+
+
+class ForbiddenError(AdapterdError):
+    status = 403
+    error_type = "forbidden"
+
 
 class QuotaError(AdapterdError):
+    """More than a tenant may ever have; `limit` is the field of its policy that says so."""
+
     status = 403
     error_type = "quota"
+
+    def __init__(self, message: str, limit: str = "quota") -> None:
+        super().__init__(message)
+        self.limit = limit
 
 
 class NotFoundError(AdapterdError):
@@ -97,14 +113,15 @@ class ConflictError(AdapterdError):
 
 
 class OverloadedError(AdapterdError):
-    """Too much at once; `retry_after` is in seconds."""
+    """Too much at once; `retry_after` is in seconds, `limit` names what was reached."""
 
     status = 429
     error_type = "overloaded"
 
-    def __init__(self, message: str = "Model is overloaded", retry_after: float = 1.0) -> None:
+    def __init__(self, message: str = "Model is overloaded", retry_after: float = 1.0, limit: str = "max_waiting") -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.limit = limit
 
 
 class GenerationError(AdapterdError):
@@ -121,3 +138,8 @@ class UnavailableError(AdapterdError):
     def __init__(self, message: str = "the server is not available", retry_after: float | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+def failure(what: str, error: Exception) -> AdapterdError:
+    """What a client is told: its own error as it is, a defect by its type alone."""
+    return error if isinstance(error, AdapterdError) else GenerationError(f"{what} failed ({type(error).__name__})")

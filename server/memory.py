@@ -1,13 +1,25 @@
-"""Memory: hands freed heap back to the operating system. Knows no adapters; Linux with glibc, elsewhere it does nothing.
+"""Memory: hands freed heap back to the operating system, and tells when there was none. Knows no adapters, never imports torch.
 
 glibc keeps what is freed between live blocks. Loading a base and reading thousands of adapters frees tensors of every
-size on several threads, so without this the process stays larger than what it holds.
+size on several threads, so without this the process stays larger than what it holds. Elsewhere than on Linux with glibc
+nothing is handed back.
 """
 
 from __future__ import annotations
 
 import ctypes
 import threading
+from typing import Final
+
+#: How torch and the libraries below it say that an allocation failed: RuntimeErrors, torch.OutOfMemoryError among them.
+_EXHAUSTED: Final = ("can't allocate memory", "out of memory", "std::bad_alloc", "_ALLOC_FAILED")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the host or on the device."""
+    if isinstance(error, RuntimeError):
+        return any(words in str(error) for words in _EXHAUSTED)
+    return isinstance(error, MemoryError)
 
 
 class Reclaimer:

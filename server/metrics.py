@@ -7,8 +7,9 @@ engine's state are read at scrape time, so a step never pays for them. Knows no 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter as Tally
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from threading import Lock
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
@@ -17,6 +18,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
 from adapters_store.digest import Digest
+
+from .tenancy.policy import INPUT_PRICE, OUTPUT_PRICE
 
 BASE_LABEL = "__base_model__"  # LoRAX's name for "no adapter"
 OTHER_LABEL = "other"
@@ -47,6 +50,8 @@ class EngineStats:
     device_bytes: int = 0  # of the resident adapters' pools
     device_budget: int = 0  # that those may take
     host_cache_bytes: int = 0  # of parsed adapters kept in host memory
+    last_step_age: float = 0.0  # seconds since the engine's loop last came round; at most about 1 when it is idle
+    waiting_of: Mapping[str, int] = field(default_factory=dict)  # tenant -> its queued requests, where there are any
 
 
 class TopK:
@@ -89,6 +94,10 @@ class Metrics:
         """One request ended, or was refused; `outcome` is success, cancelled, timeout or an error's `error_type`."""
         self._requests.labels(outcome).inc()
 
+    def refused(self, limit: str) -> None:
+        """A request or an upload was over a limit, or waited too long; `limit` is a setting or a field of a policy."""
+        self._refusals.labels(limit).inc()
+
     def first_token(self, seconds: float) -> None:
         self._ttft.observe(seconds)
 
@@ -101,8 +110,13 @@ class Metrics:
     def request_seconds(self, seconds: float) -> None:
         self._e2e.observe(seconds)
 
-    def tokens(self, tenant: str, adapters: Iterable[str], prompt: int, generated: int) -> None:
-        """Count one finished request's tokens, in all and under each adapter (or the base) that it used."""
+    def tokens(self, tenant: str, adapters: Iterable[str], prompt: int, generated: int, cached: int = 0) -> None:
+        """Count one finished request's tokens, in all and under each adapter (or the base) that it used.
+
+        `cached` of its `prompt` tokens were not computed, so they are no service.
+        """
+        service = max(0, prompt - cached) * INPUT_PRICE + generated * OUTPUT_PRICE
+        self._tenant_service.labels(tenant if self._tenants.admits(tenant) else OTHER_LABEL).inc(service)
         self._prompt_tokens.inc(prompt)
         self._generated_tokens.inc(generated)
         for adapter in tuple(adapters) or (BASE_LABEL,):
@@ -124,6 +138,10 @@ class Metrics:
         self._step_adapters.observe(adapters)
         self._step_families.observe(families)
         self._step_seconds.observe(seconds)
+
+    def pass_failed(self, kind: str) -> None:
+        """A forward pass raised; `kind` is memory or error. Smaller ones take its place."""
+        self._failed_passes.labels(kind).inc()
 
     def adapter_loaded(self, seconds: float, outcome: str) -> None:
         """One load from the store to the device took `seconds`; `outcome` is ok or an error's `error_type`."""
@@ -159,7 +177,7 @@ class Metrics:
 
         `running` names resident digests; `waiting` names the adapters that queued requests want.
         """
-        self.registry.register(_Mirror(self._model_name, stats, running, waiting))
+        self.registry.register(_Mirror(self._model_name, stats, running, waiting, self._tenants))
 
     def render(self) -> tuple[bytes, str]:
         """The exposition and its content type."""
@@ -169,6 +187,7 @@ class Metrics:
 
     def _declare_requests(self) -> None:
         self._requests = self._counter("requests", "Requests by how they ended.", "outcome")
+        self._refusals = self._counter("refusals", "Requests and uploads over a limit, by which.", "limit")
         self._ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token.", _TTFT)
         self._inter_token = self._histogram("inter_token_latency_seconds", "Between a request's tokens.", _INTER_TOKEN)
         self._e2e = self._histogram("request_seconds", "Arrival to last token.", _REQUEST)
@@ -176,6 +195,9 @@ class Metrics:
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of finished requests.")
         self._generated_tokens = self._counter("generated_tokens", "Tokens generated.")
         self._adapter_requests = self._counter("adapter_requests", "Requests by adapter.", "tenant", "adapter")
+        self._tenant_service = self._counter(
+            "tenant_service", "Service by tenant: 1 per computed prompt token, 2 per generated one.", "tenant"
+        )
         self._adapter_tokens = self._counter("adapter_tokens", "Tokens by adapter.", "tenant", "adapter", "kind")
 
     def _declare_steps(self) -> None:
@@ -184,6 +206,7 @@ class Metrics:
         self._step_adapters = self._histogram("step_distinct_adapters", "Different adapters in one step.", _DISTINCT)
         self._step_families = self._histogram("step_distinct_families", "Different families in one step.", _DISTINCT)
         self._step_seconds = self._histogram("step_seconds", "Time of one step.", _STEP)
+        self._failed_passes = self._counter("pass_failures", "Forward passes that raised, to be done again in parts.", "kind")
         self._preemptions = self._counter("preemptions", "Requests put back because KV blocks ran out.")
         self._prefix_queries = self._counter("prefix_cache_queries", "Prompt positions looked up in the prefix cache.")
         self._prefix_hits = self._counter("prefix_cache_hits", "Prompt positions found in the prefix cache.")
@@ -218,11 +241,13 @@ class _Mirror(Collector):
         stats: Callable[[], EngineStats],
         running: Callable[[Iterable[Digest]], Iterable[str]],
         waiting: Callable[[], Iterable[str]],
+        tenants: TopK,
     ) -> None:
         self._model_name = model_name
         self._stats = stats
         self._running = running
         self._waiting = waiting
+        self._tenants = tenants
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
         """Names alone, so that registering does not touch the engine."""
@@ -235,6 +260,7 @@ class _Mirror(Collector):
     def _families(self, stats: EngineStats, running: str, waiting: str) -> Iterator[GaugeMetricFamily]:
         for name, text, value in _own_gauges(stats):
             yield GaugeMetricFamily(f"adapterd_{name}", text, value=value)
+        yield self._queues(stats.waiting_of)
         for name, text, share in _vllm_gauges(stats):
             family = GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name", "engine"])
             family.add_metric([self._model_name, "0"], share)
@@ -247,8 +273,18 @@ class _Mirror(Collector):
         lora.add_metric([str(stats.slots_total), waiting, running], time.time())
         yield lora
 
+    def _queues(self, waiting: Mapping[str, int]) -> GaugeMetricFamily:
+        """Tenants without a label of their own are counted together."""
+        shown: Tally[str] = Tally()
+        for tenant, count in waiting.items():
+            shown[tenant if self._tenants.admits(tenant) else OTHER_LABEL] += count
+        family = GaugeMetricFamily("adapterd_tenant_waiting", "Requests in the queue, by tenant.", labels=["tenant"])
+        for tenant, count in shown.items():
+            family.add_metric([tenant], count)
+        return family
 
-def _own_gauges(stats: EngineStats) -> tuple[tuple[str, str, int], ...]:
+
+def _own_gauges(stats: EngineStats) -> tuple[tuple[str, str, float], ...]:
     return (
         ("running", "Requests in the batch.", stats.running),
         ("waiting", "Requests in the queue.", stats.waiting),
@@ -259,6 +295,7 @@ def _own_gauges(stats: EngineStats) -> tuple[tuple[str, str, int], ...]:
         ("adapter_slots_bytes", "Device bytes of the resident adapters' pools.", stats.device_bytes),
         ("adapter_slots_bytes_total", "Device bytes that the resident adapters' pools may take.", stats.device_budget),
         ("host_cache_bytes", "Bytes of parsed adapters kept in host memory.", stats.host_cache_bytes),
+        ("engine_last_step_age_seconds", "Seconds since the engine's loop last came round.", stats.last_step_age),
     )
 
 

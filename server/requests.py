@@ -10,6 +10,7 @@ from adapters_store.digest import Digest
 
 from .errors import AdapterdError
 from .recipes import Recipe
+from .tenancy.policy import OPEN, TenantPolicy
 
 #: What a request wants. All but `generate` end after the prefill, with `Event.scores` and no token.
 #:     classify  the logits of its adapter's head, one row per text (SEQ_CLS) or per prompt token (TOKEN_CLS)
@@ -63,6 +64,7 @@ class Request:
     pooling: Literal["last", "mean"] = "mean"  # of task "embed"; a head has its own
     choices: tuple[int, ...] = ()  # of task "score": token ids
     recipes: tuple[Recipe, ...] = ()  # of those `adapters` that no store holds: how each is computed
+    policy: TenantPolicy = OPEN  # the tenant's weight and quotas when the request was accepted
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,5 +86,6 @@ class Event:
     error: AdapterdError | None = None  # set iff finish is ERROR
     prompt: tuple[Token, ...] = ()  # with the first token, when prompt_logprobs was asked for
     cached_tokens: int = field(default=0)  # prompt positions that came from the prefix cache
+    computed_tokens: int = 0  # with finish: prompt positions that were computed for it, and tokens it was given
     queue_seconds: float | None = None  # on the first event: time from arrival to the first step
     scores: tuple[tuple[float, ...], ...] = ()  # with finish SCORED: rows of finite numbers, see Task

@@ -50,8 +50,10 @@ class AddressError(AdapterdError):
 
 
 def check_exposure(settings: Settings) -> None:
-    """Raises: ExposedError for an address that is not this machine's own, unless `--insecure` says it is meant."""
-    if settings.insecure or settings.host == "localhost":
+    """Raises: ExposedError for an address that is not this machine's own, unless requests need a key or `--insecure` says it
+    is meant.
+    """
+    if settings.require_keys or settings.insecure or settings.host == "localhost":
         return
     try:
         loopback = ipaddress.ip_address(settings.host).is_loopback
@@ -60,7 +62,7 @@ def check_exposure(settings: Settings) -> None:
     if not loopback:
         raise ExposedError(
             f"--host {settings.host} is reachable from other machines and requests need no key; "
-            "bind 127.0.0.1 (the default) behind your own gateway, or say --insecure"
+            "say --require-keys, bind 127.0.0.1 (the default) behind your own gateway, or say --insecure"
         )
 
 

@@ -14,6 +14,7 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.process import ServerProcess
+    from tests.servers import PostgreSQL, SeaweedFS
 
 Serve = Callable[..., "ServerProcess"]
 
@@ -46,6 +47,32 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
             return running.enter_context(ServerProcess(tmp_path_factory.mktemp("server"), *flags))
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgreSQL]:
+    """A real PostgreSQL for the whole run of this process; each test takes a database of its own from it."""
+    from tests import servers
+
+    with servers.postgresql() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[SeaweedFS]:
+    """A real S3 server for the whole run of this process."""
+    from tests import servers
+
+    with servers.seaweedfs() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: SeaweedFS, monkeypatch: pytest.MonkeyPatch) -> SeaweedFS:
+    """The same, with the AWS_* variables that lead there; each test takes a bucket of its own from it."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_server
 
 
 @pytest.fixture(scope="session")

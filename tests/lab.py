@@ -27,6 +27,8 @@ from server.model.loader import Base, make_base
 from server.model.runner import CacheShape, Runner
 from server.recipes import Source, digest_of
 from server.requests import Event, FinishReason, Request, Sampling, Task
+from server.tenancy.policy import OPEN, TenantPolicy
+from server.tenancy.quotas import Admission
 
 BASE = Digest("0" * 64)
 TORCH = Kernels("torch")
@@ -55,6 +57,11 @@ class Observer:
         self.families_per_step: list[int] = []
         self.loads = self.evictions = self.preemptions = 0
         self.guessed = self.right = 0
+        self.refusals: list[str] = []
+        self.failed_passes: list[str] = []
+
+    def pass_failed(self, kind: str) -> None:
+        self.failed_passes.append(kind)
 
     def observe_step(self, rows: int, tokens: int, adapters: int, families: int, seconds: float) -> None:
         self.rows_per_step.append(rows)
@@ -76,6 +83,9 @@ class Observer:
     def speculated(self, guessed: int, right: int) -> None:
         self.guessed += guessed
         self.right += right
+
+    def refused(self, limit: str) -> None:
+        self.refusals.append(limit)
 
 
 class _AtOnce(Loading):
@@ -103,6 +113,7 @@ class Lab:
         max_prefill_tokens: int = 0,
         speculate: int = 0,
         kernels: Kernels = TORCH,
+        admission: Admission | None = None,
     ) -> None:
         self.adapters = dict(adapters)
         self._native = kernels.linear is not None
@@ -121,14 +132,25 @@ class Lab:
             speculate=speculate,
         )
         self.scheduler = Scheduler(Pages(blocks, block_size), Residency(slots, budget), limits, BASE, [2])
-        self.engine = Engine(self.runner, self.scheduler, self._load, self.observer, self.events.extend, 0, self._weigh)
+        self.engine = Engine(
+            self.runner, self.scheduler, self._load, self.observer, self.events.extend, 0, self._weigh, admission
+        )
         self.engine._loading = _AtOnce(self._load, self.engine._cache, self.engine._on_loaded, recipes=self.engine._recipes)
 
-    def submit(self, id: str, prompt: Sequence[int], *adapters: Source, tenant: str = "t", **sampling: object) -> None:
+    def submit(
+        self,
+        id: str,
+        prompt: Sequence[int],
+        *adapters: Source,
+        tenant: str = "t",
+        policy: TenantPolicy = OPEN,
+        **sampling: object,
+    ) -> None:
         params = Sampling(**{"max_new_tokens": 6, "ignore_eos": True, **sampling})  # type: ignore[arg-type]
         digests = tuple(map(digest_of, adapters))
         recipes = tuple(adapter for adapter in adapters if not isinstance(adapter, Digest))
-        self.engine.submit(Request(id, tenant, digests, tuple(prompt), params, time.monotonic(), recipes=recipes))
+        now = time.monotonic()
+        self.engine.submit(Request(id, tenant, digests, tuple(prompt), params, now, recipes=recipes, policy=policy))
 
     def ask(self, task: Task, id: str, prompt: Sequence[int], *adapters: Digest, tenant: str = "t", **more: object) -> None:
         """Submit a task that generates nothing; `more` are fields of `Request`."""

@@ -45,9 +45,10 @@ class ServerProcess:
                 env=environment(),
                 cwd=directory,
             )
+        self.http = httpx.Client(timeout=DEADLINE)
         self.announced = self._announcement()
         self.url = self.announced.rpartition(" ")[2]
-        self.http = httpx.Client(base_url=self.url, timeout=DEADLINE)
+        self.http.base_url = httpx.URL(self.url)
 
     @property
     def log(self) -> str:

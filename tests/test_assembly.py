@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from server.assembly import (
     CacheSizeError,
     Server,
     adapter_budget,
+    admission_limits,
     assemble,
     cache_shape,
     check_files,
@@ -95,6 +97,24 @@ def test_the_context_of_a_request(base: Base, wanted: int, blocks: int, got: int
     assert limits.max_total_tokens == got
 
 
+@pytest.mark.parametrize(
+    ("settings", "share"),
+    [
+        ({}, None),
+        ({"require_keys": True}, 3),
+        ({"require_keys": True, "max_waiting_per_tenant": 9}, 9),
+        ({"max_waiting_per_tenant": 2}, 2),
+    ],
+)
+def test_with_keys_no_tenant_has_the_whole_queue(settings: dict[str, Any], share: int | None) -> None:
+    limits = admission_limits(Settings(max_running=4, max_waiting=10, **settings))
+    assert (limits.max_running, limits.max_waiting, limits.max_waiting_per_tenant, limits.queue_timeout) == (4, 10, share, None)
+
+
+def test_a_queue_timeout_is_given_to_the_engine() -> None:
+    assert admission_limits(Settings(queue_timeout=2.5)).queue_timeout == 2.5
+
+
 def test_the_device_and_dtype_that_auto_stands_for() -> None:
     auto = (torch.device("cuda"), torch.bfloat16) if torch.cuda.is_available() else (torch.device("cpu"), torch.float32)
     assert choose_device(Settings()) == auto
@@ -171,7 +191,7 @@ def test_an_upload_that_the_device_could_never_hold_is_refused_by_name(base: Bas
     directory = saved(lora(1), tmp_path / "lora")
     files = {path.name: path for path in directory.iterdir()}
     needed = 2 * 2 * 8 * (HIDDEN + HIDDEN) * 4  # two layers, slots 0 and 1, rank bucket 8, fp32
-    assert check_files(files, base, Settings(), needed)["methods"] == ["lora"]
+    assert [part.method for part in check_files(files, base, Settings(), needed)] == ["lora"]
     message = (
         rf"^lora: the adapter needs {needed} bytes of device memory, over this server's {needed - 1} \(--adapter-memory-mb\)"
     )

@@ -13,6 +13,7 @@ from server.errors import (
     AdapterError,
     GenerationError,
     OverloadedError,
+    QuotaError,
     ValidationError,
 )
 
@@ -35,7 +36,7 @@ def test_an_error_says_its_message_and_has_a_code(name: str) -> None:
     kind = ALL[name]
     error = kind("rank", "is too large") if kind is AdapterError else kind("rank: is too large")
     assert str(error).endswith("rank: is too large")
-    assert error.code == error.error_type
+    assert error.code == ("invalid_api_key" if kind is errors.UnauthorizedError else error.error_type)  # OpenAI's own word
     copy = pickle.loads(pickle.dumps(error))
     assert (type(copy), str(copy), vars(copy)) == (kind, str(error), vars(error))
     assert 400 <= error.status < 600
@@ -53,6 +54,12 @@ def test_an_adapter_error_names_the_field_apart() -> None:
 def test_an_overload_says_when_to_come_back() -> None:
     assert (str(OverloadedError()), OverloadedError().retry_after) == ("Model is overloaded", 1.0)
     assert OverloadedError("full", retry_after=7.5).retry_after == 7.5
+
+
+@pytest.mark.parametrize("error", [OverloadedError("full", 7.5, "max_queued"), QuotaError("at most 2", "max_n")])
+def test_a_refusal_names_its_limit_wherever_it_is_sent(error: OverloadedError | QuotaError) -> None:
+    revived = pickle.loads(pickle.dumps(error))
+    assert (type(revived), str(revived), revived.limit) == (type(error), str(error), error.limit)
 
 
 def test_only_what_the_server_itself_got_wrong_is_a_500() -> None:

@@ -6,7 +6,7 @@ import ctypes
 
 import pytest
 
-from server.memory import Reclaimer
+from server.memory import Reclaimer, out_of_memory
 
 
 class Counting(Reclaimer):
@@ -33,3 +33,11 @@ def test_trimming_works_here_and_where_there_is_nothing_to_call(monkeypatch: pyt
     Reclaimer().trim()
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     Reclaimer().trim()
+
+
+def test_allocations_that_failed_are_told_from_other_failures() -> None:
+    exhausted = ("DefaultCPUAllocator: can't allocate memory: you tried 8 bytes", "CUDA out of memory.", "std::bad_alloc")
+    assert all(out_of_memory(RuntimeError(words)) for words in exhausted)
+    assert out_of_memory(MemoryError())
+    assert not out_of_memory(RuntimeError("shapes do not match"))
+    assert not out_of_memory(ValueError("out of memory"))

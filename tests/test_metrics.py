@@ -76,6 +76,16 @@ def test_every_adapter_of_a_composed_request_is_counted() -> None:
     assert samples[("adapterd_generated_tokens_total",)] == 4
 
 
+def test_service_is_counted_by_tenant_at_what_was_computed() -> None:
+    metrics = Metrics("m", top_k=1)
+    metrics.tokens("acme", ["a", "b"], prompt=10, generated=4, cached=7)
+    for n in range(9):
+        metrics.tokens(f"t{n}", [], prompt=1, generated=0)
+    samples = scrape(metrics)
+    assert samples["adapterd_tenant_service_total", ("tenant", "acme")] == 3 + 2 * 4
+    assert samples["adapterd_tenant_service_total", ("tenant", "other")] == 9
+
+
 def test_adapter_life() -> None:
     metrics = Metrics("m")
     metrics.adapter_loaded(0.02, "ok")
@@ -95,6 +105,36 @@ def test_adapter_life() -> None:
     assert samples[("adapterd_speculated_tokens_total",)] == 8
     assert samples[("adapterd_speculated_tokens_accepted_total",)] == 5
     assert samples["adapterd_uploads_total", ("outcome", "created")] == 1
+
+
+def test_what_breaks_and_how_long_ago_the_engine_last_came_round() -> None:
+    metrics = Metrics("m")
+    for kind in ("memory", "error", "memory"):
+        metrics.pass_failed(kind)
+    metrics.mirror(lambda: EngineStats(last_step_age=12.5), running=lambda digests: [], waiting=list)
+    samples = scrape(metrics)
+    assert samples["adapterd_pass_failures_total", ("kind", "memory")] == 2
+    assert samples["adapterd_pass_failures_total", ("kind", "error")] == 1
+    assert samples[("adapterd_engine_last_step_age_seconds",)] == 12.5
+
+
+def test_refusals_by_limit() -> None:
+    metrics = Metrics("m")
+    for limit in ("max_waiting", "tokens_per_minute", "max_waiting"):
+        metrics.refused(limit)
+    samples = scrape(metrics)
+    assert samples["adapterd_refusals_total", ("limit", "max_waiting")] == 2
+    assert samples["adapterd_refusals_total", ("limit", "tokens_per_minute")] == 1
+
+
+def test_queues_of_tenants_beyond_the_first_are_one() -> None:
+    metrics = Metrics("m", top_k=2)
+    now = EngineStats(waiting_of={f"t{n}": n for n in range(1, 101)})
+    metrics.mirror(lambda: now, running=lambda digests: [], waiting=list)
+    shown = {dict(key[1:])["tenant"]: value for key, value in scrape(metrics).items() if key[0] == "adapterd_tenant_waiting"}
+    assert shown == {"t1": 1, "t2": 2, "other": 5050 - 3}
+    now = EngineStats()
+    assert not [key for key in scrape(metrics) if key[0] == "adapterd_tenant_waiting"]
 
 
 def test_gauges_are_read_when_scraped() -> None:

@@ -27,6 +27,7 @@ UNSEEN = {
     "gguf": "transformers, to read a GGUF checkpoint",
     "httptools": "uvicorn's HTTP parser",
     "uvloop": "uvicorn's event loop",
+    "psycopg": "SQLAlchemy's driver of PostgreSQL",
     "python-multipart": "FastAPI's form parser",
 }
 

@@ -35,6 +35,7 @@ def test_any_other_address_does(host: str) -> None:
     with pytest.raises(ExposedError, match=r"is reachable from other machines .* or say --insecure"):
         check_exposure(Settings(host=host))
     check_exposure(Settings(host=host, insecure=True))
+    check_exposure(Settings(host=host, require_keys=True))
 
 
 def test_a_free_port_is_taken_for_0() -> None:
@@ -55,7 +56,7 @@ def test_a_server_on_every_address_refuses_to_start_without_keys() -> None:
     assert done.returncode == 1
     assert done.stderr == (
         "adapterd: --host 0.0.0.0 is reachable from other machines and requests need no key; "
-        "bind 127.0.0.1 (the default) behind your own gateway, or say --insecure\n"
+        "say --require-keys, bind 127.0.0.1 (the default) behind your own gateway, or say --insecure\n"
     )
 
 

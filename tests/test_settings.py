@@ -81,6 +81,8 @@ def test_an_unknown_field_is_refused() -> None:
         ("max_batch_tokens", 0, "1"),
         ("max_running", 0, "1"),
         ("max_waiting", -1, "0"),
+        ("max_waiting_per_tenant", -1, "0"),
+        ("queue_timeout", -1, "0"),
         ("adapter_slots", 0, "1"),
         ("adapter_memory_mb", 0, "0"),
         ("host_cache_mb", -1, "0"),

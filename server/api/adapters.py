@@ -9,22 +9,26 @@ from anyio import CancelScope, to_thread
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import JSONResponse, Response
 
-from adapters_store import manifest
 from adapters_store.digest import Digest
 from adapters_store.errors import StoreError
-from adapters_store.names import check_name
+from adapters_store.names import SHARED, check_name
+from adapters_store.quota import UNLIMITED, Quota
 from adapters_store.records import JSON, AdapterRecord
 from adapters_store.staging import Staged
+from adapters_store.store import Store
 
 from ..engine.client import EngineLike
-from ..errors import AdapterdError, TooLargeError, ValidationError
-from .auth import Tenant
+from ..errors import AdapterdError, ForbiddenError, TooLargeError, ValidationError
+from .auth import Caller, Owner, Tenant, requires, still_valid
 from .context import Context, Services, Validate, require_ready
-from .failures import translate
+from .failures import refusal, trail_of
+from .keyring import Principal
 from .schemas import AdapterList, AdapterResponse, ErrorResponse
 from .upload import Upload
 
 _VERBS = ("versions", "load", "unload")  # an id that ends in one of them could not be told from a route
+
+_FORM_BYTES = 64 << 10  # of an upload that may be the form's own: boundaries, headers, a model card that is left out
 
 _FORM: dict[str, Any] = {
     "requestBody": {
@@ -57,6 +61,8 @@ _UPLOAD_REFUSALS: dict[int | str, dict[str, Any]] = {
     503: _REFUSALS[503],
 }
 
+_Found = tuple[str, tuple[str, ...], Mapping[str, JSON]]  # method, names of the parts, all that was found out
+
 router = APIRouter(prefix="/adapters", tags=["adapters"])
 
 Version = Annotated[int | None, Query(ge=1, le=2**31 - 1, description="One version; the newest (or all) without it.")]
@@ -75,33 +81,37 @@ Cursor = Annotated[str | None, Query(description="`next_cursor` of the page befo
     },
     openapi_extra=_FORM,
 )
-async def upload(request: Request, services: Context, tenant: Tenant) -> Response:
+@requires("adapters", "admin", action="adapter.upload")
+async def upload(request: Request, services: Context, caller: Caller, owner: Owner) -> Response:
     """Upload an adapter: `adapter_id`, and under `files` what the library's `save_pretrained()` wrote.
 
     The next request that names it goes through it. Requests in flight finish on the version they began with.
     """
     try:
-        record, created = await _receive(request, services, tenant)
+        record, created = await _receive(request, services, caller, owner)
     except (AdapterdError, StoreError) as error:
-        services.metrics.uploaded(translate(error, "").error_type)
+        services.metrics.uploaded(refusal(error, services.metrics).error_type)
         raise
     services.metrics.uploaded("created" if created else "unchanged")
+    trail_of(request).about(adapters=[record.name], digests=[record.digest], version=record.version, created=created)
     services.names.note(record.digest, record.name)
     return JSONResponse(described(record, services.client.engine), 201 if created else 200)
 
 
 @router.get("", response_model=AdapterList, responses={422: _REFUSALS[422], 503: _REFUSALS[503]})
+@requires("infer")
 async def list_adapters(services: Context, tenant: Tenant, limit: Limit = 100, cursor: Cursor = None) -> Response:
-    """The newest version of each adapter, newest first."""
-    records, following = await to_thread.run_sync(lambda: services.store.list(tenant, limit=limit, cursor=cursor))
+    """The newest version of each adapter that this tenant may use, newest first; shared ones under names that it has not."""
+    records, following = await to_thread.run_sync(lambda: services.store.list(tenant, limit=limit, cursor=cursor, shared=True))
     shown = [described(record, services.client.engine) for record in records]
     return JSONResponse({"adapters": shown, "next_cursor": following})
 
 
 @router.get("/{adapter_id:path}/versions", response_model=AdapterList, responses=_REFUSALS)
+@requires("infer")
 async def versions(adapter_id: str, services: Context, tenant: Tenant) -> Response:
     """Every version of an adapter, newest first."""
-    records = await to_thread.run_sync(services.store.versions, tenant, adapter_id)
+    records = await to_thread.run_sync(_versions, services.store, tenant, adapter_id)
     shown = [described(record, services.client.engine) for record in records]
     return JSONResponse({"adapters": shown, "next_cursor": None})
 
@@ -112,33 +122,45 @@ async def versions(adapter_id: str, services: Context, tenant: Tenant) -> Respon
     dependencies=[Depends(require_ready)],
     responses={**_REFUSALS, 424: {"model": ErrorResponse, "description": "The adapter cannot be loaded"}},
 )
-async def load(adapter_id: str, services: Context, tenant: Tenant, version: Version = None) -> Response:
+@requires("adapters", "admin", action="adapter.load")
+async def load(request: Request, adapter_id: str, services: Context, owner: Owner, version: Version = None) -> Response:
     """Put an adapter on the device before anybody asks for it. Idempotent; an adapter nobody uses may be evicted."""
-    record = await to_thread.run_sync(services.store.get, tenant, adapter_id, version)
+    trail_of(request).about(adapters=[adapter_id])
+    record = await to_thread.run_sync(services.store.resolve, owner, adapter_id, version)
+    trail_of(request).about(digests=[record.digest], version=record.version)
     services.names.note(record.digest, record.name)
-    await services.client.warm((record.digest,))
+    await services.client.warm((record.digest,), owner)
     return JSONResponse(described(record, services.client.engine))
 
 
 @router.post("/{adapter_id:path}/unload", response_model=AdapterResponse, responses=_REFUSALS)
-async def unload(adapter_id: str, services: Context, tenant: Tenant, version: Version = None) -> Response:
+@requires("adapters", "admin", action="adapter.unload")
+async def unload(request: Request, adapter_id: str, services: Context, owner: Owner, version: Version = None) -> Response:
     """Take an adapter off the device once nothing runs on it. Idempotent; the next request loads it again."""
-    record = await to_thread.run_sync(services.store.get, tenant, adapter_id, version)
+    trail_of(request).about(adapters=[adapter_id])
+    record = await to_thread.run_sync(_owned, services.store, owner, adapter_id, version)
+    trail_of(request).about(digests=[record.digest], version=record.version)
     await to_thread.run_sync(services.client.engine.unload, record.digest)
     return JSONResponse(described(record, services.client.engine))
 
 
 @router.get("/{adapter_id:path}", response_model=AdapterResponse, responses=_REFUSALS)
+@requires("infer")
 async def get_adapter(adapter_id: str, services: Context, tenant: Tenant, version: Version = None) -> Response:
     """One version of an adapter."""
-    record = await to_thread.run_sync(services.store.get, tenant, adapter_id, version)
+    record = await to_thread.run_sync(services.store.resolve, tenant, adapter_id, version)
     return JSONResponse(described(record, services.client.engine))
 
 
 @router.delete("/{adapter_id:path}", status_code=204, responses=_REFUSALS)
-async def delete_adapter(adapter_id: str, services: Context, tenant: Tenant, version: Version = None) -> Response:
+@requires("adapters", "admin", action="adapter.delete")
+async def delete_adapter(
+    request: Request, adapter_id: str, services: Context, owner: Owner, version: Version = None
+) -> Response:
     """Delete an adapter or one version of it. Requests in flight finish."""
-    await to_thread.run_sync(_delete, services, tenant, adapter_id, version)
+    trail_of(request).about(adapters=[adapter_id], version=version)
+    gone = await to_thread.run_sync(_delete, services, owner, adapter_id, version)
+    trail_of(request).about(digests=gone)
     return Response(status_code=204)
 
 
@@ -154,21 +176,29 @@ def described(record: AdapterRecord, engine: EngineLike) -> dict[str, JSON]:
         "size_bytes": record.size_bytes,
         "created_at": record.created_at.isoformat(),
         "state": state if reason is None else f"{state}({reason})",
+        "shared": record.tenant == SHARED,
         "details": record.details,
     }
 
 
-async def _receive(request: Request, services: Services, tenant: str) -> tuple[AdapterRecord, bool]:
+async def _receive(request: Request, services: Services, caller: Principal, owner: str) -> tuple[AdapterRecord, bool]:
     limit = services.limits.max_upload_bytes
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > limit:
         raise TooLargeError(f"an upload may have {limit} bytes, all files together; it has {length[:20]}")
+    quota = _quota(caller, owner)
+    if length.isdecimal() and quota.size_bytes is not None:
+        usage = await to_thread.run_sync(services.store.usage, owner)
+        quota.check_incoming(int(length) - _FORM_BYTES, usage)
     staged = await to_thread.run_sync(lambda: services.store.stage(max_bytes=limit))
     try:
-        form = Upload(staged, limit)
+        form = Upload(staged, limit, services.inspect)
         await form.receive(request.headers.get("content-type", ""), request.stream())
         _check_id(form.adapter_id, services.model_name)
-        return await to_thread.run_sync(_publish, services, staged, tenant, form.adapter_id)
+        async with services.validating.turn(owner):
+            found = await to_thread.run_sync(_validated, services.validate, staged, staged.digest_for(owner))
+        await still_valid(request)
+        return await to_thread.run_sync(_publish, services.store, staged, owner, form.adapter_id, found, quota)
     finally:
         with CancelScope(shield=True):
             await to_thread.run_sync(staged.discard)
@@ -183,23 +213,44 @@ def _check_id(adapter_id: str, model_name: str) -> None:
         raise ValidationError(f"`adapter_id` cannot end in {', '.join(_VERBS)}. Given: {adapter_id!r}")
 
 
-def _publish(services: Services, staged: Staged, tenant: str, name: str) -> tuple[AdapterRecord, bool]:
-    """Validate, then make visible. In a thread."""
-    method, parts, details = _validated(services.validate, staged)
-    return services.store.publish(staged, tenant=tenant, name=name, method=method, parts=parts, details=details)
+def _quota(caller: Principal, owner: str) -> Quota:
+    """What an operator shares counts against nobody."""
+    return UNLIMITED if owner == SHARED else Quota(caller.policy.max_adapters, caller.policy.max_adapter_bytes)
 
 
-def _validated(validate: Validate, staged: Staged) -> tuple[str, tuple[str, ...], Mapping[str, JSON]]:
-    """(method, names of the parts, all that was found out) of the staged files. Raises: AdapterError."""
-    details = validate(staged.paths, Digest.of(manifest.encode(staged.entries)))
+def _publish(store: Store, staged: Staged, owner: str, name: str, found: _Found, quota: Quota) -> tuple[AdapterRecord, bool]:
+    method, parts, details = found
+    return store.publish(staged, tenant=owner, name=name, method=method, parts=parts, details=details, quota=quota)
+
+
+def _validated(validate: Validate, staged: Staged, digest: Digest) -> _Found:
+    """In a thread. Raises: AdapterError."""
+    details = validate(staged.paths, digest)
     methods = details["methods"]
     names = tuple(str(method) for method in methods) if isinstance(methods, list | tuple) else (str(methods),)
     return "+".join(names), names, details
 
 
-def _delete(services: Services, tenant: str, name: str, version: int | None) -> None:
+def _versions(store: Store, tenant: str, name: str) -> tuple[AdapterRecord, ...]:
+    return store.versions(store.resolve(tenant, name).tenant, name)
+
+
+def _owned(store: Store, owner: str, name: str, version: int | None) -> AdapterRecord:
+    """Raises: NotFound; ForbiddenError for a shared adapter that is not the caller's to change."""
+    record = store.resolve(owner, name, version)
+    if record.tenant != owner:
+        raise ForbiddenError(
+            f"adapter {name!r} is shared with all tenants: that takes `shared=true` and a key with scope admin"
+        )
+    return record
+
+
+def _delete(services: Services, owner: str, name: str, version: int | None) -> list[Digest]:
+    """The digests of what was deleted."""
     store, engine = services.store, services.client.engine
-    gone = [store.get(tenant, name, version)] if version is not None else list(store.versions(tenant, name))
-    store.delete(tenant, name, version)
-    for record in gone:
-        engine.unload(record.digest)
+    record = _owned(store, owner, name, version)
+    gone = [record.digest] if version is not None else [record.digest for record in store.versions(owner, name)]
+    store.delete(owner, name, version)
+    for digest in gone:
+        engine.unload(digest)
+    return gone

@@ -6,9 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
-from pydantic.json_schema import models_json_schema
+from fastapi import Depends, FastAPI
 
 from adapters_store.records import JSON
 from adapters_store.store import Store
@@ -18,8 +16,11 @@ from ..engine.client import EngineClient, EngineLike, Mailbox
 from ..metrics import Metrics
 from ..model.text import Text
 from ..settings import Settings
-from . import adapters, classify, docs, embed, failures, generate, openai, ops, users
-from .context import Limits, Services, Validate
+from . import adapters, admin, classify, docs, embed, failures, generate, openai, ops, users
+from .auth import authorize
+from .context import Inspect, Limits, Services, Validate, anything
+from .document import document_of
+from .keyring import Keyring
 from .readiness import Readiness
 from .schemas import (
     ChatRequest,
@@ -27,12 +28,17 @@ from .schemas import (
     CompletionRequest,
     EmbedRequest,
     GenerateRequest,
+    KeyRequest,
+    PolicyRequest,
     TokenizeRequest,
     UserRequest,
 )
 from .scope import RequestScope
 
-_BODIES = (GenerateRequest, ClassifyRequest, EmbedRequest, TokenizeRequest, CompletionRequest, ChatRequest, UserRequest)
+_BODIES = (
+    *(GenerateRequest, ClassifyRequest, EmbedRequest, TokenizeRequest, CompletionRequest, ChatRequest),
+    *(UserRequest, PolicyRequest, KeyRequest),
+)
 _LARGEST_CONTEXT = 8192  # tokens, where neither a flag nor the caller says otherwise
 _MB = 1 << 20
 
@@ -48,6 +54,7 @@ def create_app(
     metrics: Metrics,
     settings: Settings,
     validate: Validate,
+    inspect: Inspect = anything,
     model_name: str,
     tenant: str = "default",
     max_total_tokens: int | None = None,
@@ -68,21 +75,31 @@ def create_app(
         metrics=metrics,
         limits=_limits(settings, max_total_tokens),
         validate=validate,
+        inspect=inspect,
         model_name=model_name,
         default_tenant=tenant,
         info=info or {},
+        keyring=Keyring(store) if settings.require_keys else None,
         readiness=readiness or Readiness(),
     )
     metrics.mirror(engine.stats, running=services.names.of, waiting=client.waiting_adapters)
-    app = FastAPI(title="adapterd", version=__version__, description=_ABOUT, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="adapterd",
+        version=__version__,
+        description=_ABOUT,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        dependencies=[Depends(authorize)],
+    )
     app.state.services = services
-    for module in (generate, openai, classify, embed, adapters, users, ops):
+    for module in (generate, openai, classify, embed, adapters, users, admin, ops):
         app.include_router(module.router)
     app.include_router(generate.tokenizer_router)
     docs.install(app)
     failures.install(app)
     app.add_middleware(RequestScope)
-    app.openapi = lambda: _document(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
+    app.openapi = lambda: _document(app, keys=settings.require_keys)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     return app
 
 
@@ -99,13 +116,8 @@ def _limits(settings: Settings, max_total_tokens: int | None) -> Limits:
     )
 
 
-def _document(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's OpenAPI document, and in it the bodies that the routes read themselves."""
+def _document(app: FastAPI, *, keys: bool) -> dict[str, Any]:
+    """Made once."""
     if app.openapi_schema is None:
-        document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        _, bodies = models_json_schema(
-            [(model, "validation") for model in _BODIES], ref_template="#/components/schemas/{model}"
-        )
-        document.setdefault("components", {}).setdefault("schemas", {}).update(bodies["$defs"])
-        app.openapi_schema = document
+        app.openapi_schema = document_of(app, _BODIES, keys=keys)
     return app.openapi_schema

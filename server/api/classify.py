@@ -19,11 +19,12 @@ from ..engine.client import Job
 from ..engine.scoring import Scores, score_all
 from ..errors import ValidationError
 from ..model.text import Offset
-from .auth import Tenant
+from .auth import Caller, requires
 from .body import documented, json_body
 from .context import Context, Services, require_ready
 from .failures import counting_refusals
 from .generate import REFUSALS
+from .keyring import Principal
 from .schemas import ClassifyRequest, Entity, Label
 from .sse import while_connected
 from .texts import Texts, headers_of, jobs_of, texts_of
@@ -44,15 +45,16 @@ Answer = list[dict[str, object]]
         several={"inputs": ["Great!", "Never again."], "user_id": "alice"},
     ),
 )
-async def classify(request: Request, body: Body, services: Context, tenant: Tenant) -> Response:
+@requires("infer", action="classify")
+async def classify(request: Request, body: Body, services: Context, caller: Caller) -> Response:
     """The labels of a text with their probabilities, likeliest first; of a token head, each token's likeliest label.
 
     One list per text when `inputs` is a list.
     """
     with counting_refusals(services.metrics):
-        texts = await texts_of(request, body, services, tenant)
+        texts = await texts_of(request, body, services, caller)
         kind, told = _told(texts)
-    asked = Asked(request, body, services, tenant, texts)
+    asked = Asked(request, body, services, caller, texts)
     jobs, answers = await while_connected(request.receive, _ANSWERERS[kind](asked, told))
     return JSONResponse(answers if texts.several else answers[0], headers=headers_of(services, jobs, body))
 
@@ -64,13 +66,13 @@ class Asked:
     request: Request
     body: ClassifyRequest
     services: Services
-    tenant: str
+    caller: Principal
     texts: Texts
 
 
 async def by_head(asked: Asked, head: Mapping[str, JSON]) -> tuple[list[Job], list[Answer]]:
     """The jobs that were run, and an answer per text."""
-    jobs = jobs_of(asked.texts, "classify", asked.request, asked.services, asked.tenant)
+    jobs = jobs_of(asked.texts, "classify", asked.request, asked.services, asked.caller)
     found = await score_all(asked.services.client, jobs)
     pairs = zip(asked.texts.tokens, found, strict=True)
     # What a template puts behind a text is labelled too, and is no part of the answer.
@@ -80,7 +82,7 @@ async def by_head(asked: Asked, head: Mapping[str, JSON]) -> tuple[list[Job], li
 async def by_words(asked: Asked, verbalizer: Mapping[str, JSON]) -> tuple[list[Job], list[Answer]]:
     """The same, by how likely each label's words are to follow the text."""
     services, words = asked.services, Words.of(verbalizer, asked.services.text)
-    jobs = jobs_of(asked.texts, "score", asked.request, services, asked.tenant)
+    jobs = jobs_of(asked.texts, "score", asked.request, services, asked.caller)
     check_words_fit(jobs, words, asked.texts.resolved.virtual_tokens, services.limits.max_total_tokens)
     found = await label_scores(services.client, jobs, words)
     return jobs, [ranked(words.labels, scores if asked.body.raw_scores else probabilities(scores)) for scores in found]

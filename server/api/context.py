@@ -19,12 +19,24 @@ from adapters_store.store import Store
 from ..engine.client import EngineClient
 from ..metrics import Metrics
 from ..model.text import Text
+from .keyring import Keyring
 from .readiness import Readiness
+from .turns import Turns
 
 #: Checks an upload's files against the base. The result is stored with the adapter and must hold "methods", a name per
 #: part; "virtual_tokens" (int) counts the positions it puts in front of a text.
 #: Raises: AdapterError naming the field or tensor at fault.
 Validate = Callable[[Mapping[str, Path], Digest], Mapping[str, JSON]]
+
+
+#: Told the name of each file that begins to arrive ("file" or "part/file"); the result is given the file's bytes in order,
+#: before they are stored. Both raise AdapterError for what can be no file of an adapter.
+Inspect = Callable[[str], Callable[[bytes], None]]
+
+
+def anything(name: str) -> Callable[[bytes], None]:
+    """Looks at no file."""
+    return lambda data: None
 
 
 class Names:
@@ -72,6 +84,9 @@ class Services:
     model_name: str
     default_tenant: str
     info: Mapping[str, JSON]
+    inspect: Inspect = anything
+    validating: Turns = field(default_factory=Turns)
+    keyring: Keyring | None = None  # None: nobody needs a key, and everybody is `default_tenant`
     readiness: Readiness = field(default_factory=Readiness)
     names: Names = field(default_factory=Names)
     started_at: int = field(default_factory=lambda: int(time.time()))  # unix time, for OpenAI's `created`

@@ -7,6 +7,8 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.staticfiles import StaticFiles
 from starlette.responses import HTMLResponse
 
+from .auth import public
+
 _FILES = "/docs/static"
 _PACKAGE = ("fastapi_offline", "static")  # its files; none of its code
 
@@ -16,6 +18,7 @@ def install(app: FastAPI) -> None:
     app.mount(_FILES, StaticFiles(packages=[_PACKAGE]), name="docs")
 
     @app.get("/docs", include_in_schema=False)
+    @public
     async def page(request: Request) -> HTMLResponse:
         root = str(request.scope.get("root_path", "")).rstrip("/")
         return get_swagger_ui_html(

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from ..engine.scoring import score_all
 from ..errors import ValidationError
-from .auth import Tenant
+from .auth import Caller, requires
 from .body import documented, json_body, shown
 from .context import Context, require_ready
 from .failures import counting_refusals
@@ -34,12 +34,13 @@ Body = Annotated[EmbedRequest, Depends(json_body(EmbedRequest, counted=True))]
         several={"inputs": ["a cat", "a dog"], "adapter_id": "support", "pooling": "last"},
     ),
 )
-async def embed(request: Request, body: Body, services: Context, tenant: Tenant) -> Response:
+@requires("infer", action="embed")
+async def embed(request: Request, body: Body, services: Context, caller: Caller) -> Response:
     """`embeddings`: the text's vector, or one vector per text when `inputs` is a list."""
     with counting_refusals(services.metrics):
         pooling = _pooling(body.pooling)
-        texts = await texts_of(request, body, services, tenant)
-    jobs = jobs_of(texts, "embed", request, services, tenant, pooling=pooling)
+        texts = await texts_of(request, body, services, caller)
+    jobs = jobs_of(texts, "embed", request, services, caller, pooling=pooling)
     found = await while_connected(request.receive, score_all(services.client, jobs))
     normalize = body.normalize is not False
     vectors = [normalized(scores[0]) if normalize else list(scores[0]) for scores in found]

@@ -18,11 +18,14 @@ from starlette.responses import JSONResponse, Response
 
 from adapters_store import errors as store_errors
 
+from ..audit import Trail
 from ..errors import (
     AdapterdError,
     ConflictError,
     NotFoundError,
+    QuotaError,
     TooLargeError,
+    UnauthorizedError,
     UnavailableError,
     ValidationError,
 )
@@ -75,6 +78,7 @@ async def reported(events: AsyncGenerator[bytes, None], request: Request) -> Asy
                 yield chunk
         except Exception as error:
             known = translate(error, request_id_of(request))
+            trail_of(request).ended(known.error_type)
             yield event(payload(known, openai=is_openai(request)))
 
 
@@ -84,8 +88,16 @@ def counting_refusals(metrics: Metrics) -> Iterator[None]:
     try:
         yield
     except (AdapterdError, store_errors.StoreError) as error:
-        metrics.finished(translate(error, "-").error_type)
+        metrics.finished(refusal(error, metrics).error_type)
         raise
+
+
+def refusal(error: Exception, metrics: Metrics) -> AdapterdError:
+    """`error` as one of the tree; one that is about a quota is counted under it."""
+    known = translate(error, "-")
+    if isinstance(known, QuotaError):
+        metrics.refused(known.limit)
+    return known
 
 
 def install(app: FastAPI) -> None:
@@ -100,7 +112,10 @@ def install(app: FastAPI) -> None:
 def answer(request: Request, error: Exception) -> Response:
     """The HTTP answer for any exception."""
     known = translate(error, request_id_of(request))
+    trail_of(request).ended(known.error_type)
     headers = {}
+    if isinstance(known, UnauthorizedError):
+        headers["www-authenticate"] = "Bearer"
     if retry_after := getattr(known, "retry_after", None):
         headers["retry-after"] = str(math.ceil(retry_after))
     return JSONResponse(payload(known, openai=is_openai(request)), known.status, headers)
@@ -111,7 +126,13 @@ def is_openai(request: Request) -> bool:
 
 
 def request_id_of(request: Request) -> str:
-    return str(getattr(request.state, "request_id", "-"))
+    return trail_of(request).request_id
+
+
+def trail_of(request: Request) -> Trail:
+    """What is noted about this request while it runs."""
+    trail: Trail = request.state.trail
+    return trail
 
 
 def _of_store(error: store_errors.StoreError) -> AdapterdError:
@@ -125,6 +146,8 @@ def _of_store(error: store_errors.StoreError) -> AdapterdError:
     }
     if isinstance(error, store_errors.Invalid):
         return ValidationError(f"`{error.field}` {error.rule}. Given: {store_errors.clip(error.value)}")
+    if isinstance(error, store_errors.OverQuota):
+        return QuotaError(str(error), error.quota)
     if isinstance(error, store_errors.Corrupt | store_errors.Unavailable):
         _log.error("adapter store failed", exc_info=error)
     return kinds.get(type(error), UnavailableError)(str(error))
@@ -155,4 +178,5 @@ async def _on_http(request: Request, error: Exception) -> Response:
 
 
 async def _on_disconnect(request: Request, error: Exception) -> Response:
+    trail_of(request).ended("cancelled")
     return Response(status_code=_CLIENT_CLOSED_REQUEST)

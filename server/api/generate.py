@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator, Mapping
 from typing import Annotated, Any
 
@@ -13,12 +12,14 @@ from starlette.responses import JSONResponse, Response
 from ..engine.client import Delta, Generation, Job, Summary, TokenText, collect
 from ..errors import ValidationError
 from ..model.text import Text
-from .auth import Tenant
+from .auth import Caller, requires
 from .body import documented, json_body
 from .context import Context, Services, require_ready
-from .failures import counting_refusals, reported
+from .failures import counting_refusals, reported, trail_of
 from .jobs import Order, encode, job_of
+from .keyring import Principal
 from .merged import check_merged
+from .quotas import check_answers
 from .resolve import resolve
 from .rules import check_generate, check_stop, generate_wish
 from .schemas import ErrorResponse, GenerateRequest, GenerateResponse, SimpleToken, StreamResponse, TokenizeRequest
@@ -50,29 +51,32 @@ TokenizeBody = Annotated[TokenizeRequest, Depends(json_body(TokenizeRequest))]
 
 
 @router.post("/generate", responses={200: {"model": GenerateResponse}, **REFUSALS}, openapi_extra=_BODY)
-async def generate(request: Request, body: GenerateBody, services: Context, tenant: Tenant) -> Response:
+@requires("infer", action="generate")
+async def generate(request: Request, body: GenerateBody, services: Context, caller: Caller) -> Response:
     """Generate text, through an adapter if one is named. With `stream`, the same as `/generate_stream`."""
     if body.stream:
-        return await _stream(request, body, services, tenant)
-    content, headers = await _complete(request, body, services, tenant)
+        return await _stream(request, body, services, caller)
+    content, headers = await _complete(request, body, services, caller)
     return JSONResponse(content, headers=headers)
 
 
 @router.post("/generate_stream", responses={200: _STREAM, **REFUSALS}, openapi_extra=_BODY)
-async def generate_stream(request: Request, body: GenerateBody, services: Context, tenant: Tenant) -> Response:
+@requires("infer", action="generate")
+async def generate_stream(request: Request, body: GenerateBody, services: Context, caller: Caller) -> Response:
     """Generate text, one server-sent event per token; the last has `generated_text`.
 
     What is wrong before the first token has its own status; what goes wrong later is an event `{"error", "error_type"}`.
     """
-    return await _stream(request, body, services, tenant)
+    return await _stream(request, body, services, caller)
 
 
 @router.post("/", responses={200: {"model": list[GenerateResponse]}, **REFUSALS}, openapi_extra=_BODY)
-async def compat_generate(request: Request, body: GenerateBody, services: Context, tenant: Tenant) -> Response:
+@requires("infer", action="generate")
+async def compat_generate(request: Request, body: GenerateBody, services: Context, caller: Caller) -> Response:
     """What the LoRAX, TGI and Hugging Face clients call: `/generate` in a list of one, or a stream with `stream`."""
     if body.stream:
-        return await _stream(request, body, services, tenant)
-    content, headers = await _complete(request, body, services, tenant)
+        return await _stream(request, body, services, caller)
+    content, headers = await _complete(request, body, services, caller)
     return JSONResponse([content], headers=headers)
 
 
@@ -81,6 +85,7 @@ async def compat_generate(request: Request, body: GenerateBody, services: Contex
     responses={200: {"model": list[SimpleToken]}, 400: REFUSALS[400], 413: REFUSALS[413], 422: REFUSALS[422]},
     openapi_extra=documented(TokenizeRequest, text={"inputs": "My name is Olivier and I"}),
 )
+@requires("infer")
 async def tokenize(body: TokenizeBody, services: Context) -> Response:
     """The tokens of a text and the characters that each covers."""
     special = body.add_special_tokens is not False
@@ -92,10 +97,10 @@ async def tokenize(body: TokenizeBody, services: Context) -> Response:
 
 
 async def _complete(
-    request: Request, body: GenerateRequest, services: Services, tenant: str
+    request: Request, body: GenerateRequest, services: Services, caller: Principal
 ) -> tuple[dict[str, object], dict[str, str]]:
     """The answer's body and headers."""
-    job = await _prepare(request, body, services, tenant, streaming=False)
+    job = await _prepare(request, body, services, caller, streaming=False)
     generation = services.client.generate(job)
     try:
         deltas = await while_connected(request.receive, collect(generation))
@@ -108,9 +113,9 @@ async def _complete(
     return answer, {**identity_headers(services, job, body.inputs), **timing_headers(summary)}
 
 
-async def _stream(request: Request, body: GenerateRequest, services: Services, tenant: str) -> Response:
+async def _stream(request: Request, body: GenerateRequest, services: Services, caller: Principal) -> Response:
     """Waits for the first token before the status line, so that an adapter that cannot be loaded is no 200."""
-    job = await _prepare(request, body, services, tenant, streaming=True)
+    job = await _prepare(request, body, services, caller, streaming=True)
     generation = services.client.generate(job)
     try:
         await while_connected(request.receive, generation.begin())
@@ -128,11 +133,12 @@ async def _events(body: GenerateRequest, generation: Generation, text: Text) -> 
         yield event(_stream_event(body, index, delta, generation.summary, text))
 
 
-async def _prepare(request: Request, body: GenerateRequest, services: Services, tenant: str, *, streaming: bool) -> Job:
-    """Raises: ValidationError, NotFound."""
+async def _prepare(request: Request, body: GenerateRequest, services: Services, caller: Principal, *, streaming: bool) -> Job:
+    """Raises: ValidationError, QuotaError, NotFound."""
     with counting_refusals(services.metrics):
         parameters = body.parameters
         check_generate(parameters, services.limits, streaming=streaming)
+        check_answers("best_of", 1, caller.policy)
         if not body.inputs:
             raise ValidationError("`inputs` cannot be empty")
         stop = check_stop(parameters.stop, services.limits)
@@ -140,7 +146,7 @@ async def _prepare(request: Request, body: GenerateRequest, services: Services, 
         resolved = await resolve(
             services.store,
             services.names,
-            tenant,
+            caller.tenant,
             adapter_id=_adapter_id(body),
             user_id=user_of(request, body.user_id),
             compose=parameters.compose,
@@ -149,7 +155,7 @@ async def _prepare(request: Request, body: GenerateRequest, services: Services, 
         )
         prompt = await encode(services.text, body.inputs, truncate=parameters.truncate, frame=resolved.frame)
         order = Order(prompt, resolved, wish, parameters.max_new_tokens, stop)
-        return job_of(order, services, tenant, started_at(request))
+        return job_of(order, services, caller, trail_of(request))
 
 
 def _adapter_id(body: GenerateRequest) -> str | None:
@@ -172,11 +178,6 @@ def _task_id(body: GenerateRequest) -> int | None:
 def user_of(request: Request, named: str | None) -> str | None:
     """The user a request is for: the body's field, or else the header X-User-Id."""
     return named if named is not None else request.headers.get("x-user-id")
-
-
-def started_at(request: Request) -> float:
-    """time.monotonic() when the request came in."""
-    return float(getattr(request.state, "started", time.monotonic()))
 
 
 def identity_headers(services: Services, job: Job, inputs: str) -> dict[str, str]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from uuid import uuid4
 
 from anyio import to_thread
 
+from ..audit import Trail
 from ..engine.client import Job
 from ..errors import ValidationError
 from ..model.text import Text
 from ..requests import Request
 from .context import Services
+from .keyring import Principal
 from .prompts import PLAIN, Frame
+from .quotas import check_stops, new_tokens
 from .resolve import Resolved
 from .rules import Wish, check_max_new_tokens, sampling_of
 
@@ -42,24 +44,29 @@ async def encode(
     return tuple(ids)
 
 
-def job_of(order: Order, services: Services, tenant: str, started: float) -> Job:
-    """Raises: ValidationError for parameters out of range and for a prompt that leaves no room."""
+def job_of(order: Order, services: Services, caller: Principal, trail: Trail) -> Job:
+    """Raises: ValidationError for parameters out of range and for a prompt that leaves no room; QuotaError."""
     prompt_tokens = len(order.prompt) + order.resolved.virtual_tokens
     wanted = check_max_new_tokens(order.max_new_tokens)
     room = _room(prompt_tokens, order.resolved.virtual_tokens, wanted, services.limits.max_total_tokens)
+    check_stops(len(order.stop), caller.policy)
+    room = new_tokens(wanted, room, len(order.prompt), caller.policy)
+    trail.about(adapters=order.resolved.names, digests=order.resolved.digests)
     return Job(
         request=Request(
-            id=uuid4().hex,
-            tenant=tenant,
+            id=trail.new_run(),
+            tenant=caller.tenant,
             adapters=order.resolved.digests,
             prompt=order.prompt,
             sampling=sampling_of(order.wish, room),
             arrival=time.monotonic(),
             recipes=order.resolved.recipes,
+            policy=caller.policy,
         ),
         stop=order.stop,
         adapters=order.resolved.names,
-        started=started,
+        started=trail.started,
+        trail=trail,
     )
 
 
@@ -71,7 +78,7 @@ def copies(job: Job, count: int) -> list[Job]:
             job,
             request=replace(
                 job.request,
-                id=uuid4().hex,
+                id=job.trail.new_run(),
                 sampling=replace(job.request.sampling, seed=(seed + index) % (1 << 64)),
             ),
         )

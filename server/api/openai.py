@@ -22,13 +22,15 @@ from ..engine.client import Delta, Generation, Job, TokenText, merge
 from ..errors import ValidationError
 from ..model.text import Text
 from ..requests import FinishReason
-from .auth import Tenant
+from .auth import Caller, Tenant, requires
 from .body import documented, json_body
 from .context import Context, Services, require_ready
-from .failures import UnknownModelError, counting_refusals, reported
-from .generate import identity_headers, started_at, user_of
+from .failures import UnknownModelError, counting_refusals, reported, trail_of
+from .generate import identity_headers, user_of
 from .jobs import Order, check_ids, copies, encode, job_of
+from .keyring import Principal
 from .prompts import Frame
+from .quotas import check_answers, check_tokens, default_new_tokens
 from .resolve import Resolved, resolve
 from .rules import check_choices, check_stop, check_top_n, openai_wish
 from .schemas import ChatMessage, ChatRequest, CompletionRequest, OpenAIErrorResponse, OpenAIRequest
@@ -74,10 +76,11 @@ ChatBody = Annotated[ChatRequest, Depends(json_body(ChatRequest, counted=True))]
         an_adapter={"model": "support", "prompt": "I want my money back", "max_tokens": 20, "temperature": 0},
     ),
 )
-async def completions(request: Request, body: CompletionBody, services: Context, tenant: Tenant) -> Response:
+@requires("infer", action="completion")
+async def completions(request: Request, body: CompletionBody, services: Context, caller: Caller) -> Response:
     """Continue one prompt or several, given as text or as token ids."""
     with counting_refusals(services.metrics):
-        orders = await _completion_jobs(request, body, services, tenant)
+        orders = await _completion_jobs(request, body, services, caller)
     shape = _Completions(body, services.text, [Choice(prefix=prompt if body.echo else "") for prompt, _ in orders])
     return await _answer(request, body, shape, [job for _, job in orders], services)
 
@@ -92,28 +95,31 @@ async def completions(request: Request, body: CompletionBody, services: Context,
         a_user={"model": "smollm2-135m-instruct", "user": "alice", "messages": [{"role": "user", "content": "Hello!"}]},
     ),
 )
-async def chat_completions(request: Request, body: ChatBody, services: Context, tenant: Tenant) -> Response:
+@requires("infer", action="chat")
+async def chat_completions(request: Request, body: ChatBody, services: Context, caller: Caller) -> Response:
     """The assistant's next message, through the base model's own chat template."""
     with counting_refusals(services.metrics):
-        jobs = await _chat_jobs(request, body, services, tenant)
+        jobs = await _chat_jobs(request, body, services, caller)
     shape = _Chat(body, services.text, [Choice() for _ in jobs])
     return await _answer(request, body, shape, jobs, services)
 
 
 @router.get("/models")
+@requires("infer")
 async def models(services: Context, tenant: Tenant) -> Response:
-    """The base model, then this tenant's adapters."""
+    """The base model, then the adapters that this tenant may use."""
     records = await to_thread.run_sync(_all_adapters, services.store, tenant)
     return JSONResponse({"object": "list", "data": [_base_card(services), *(_card(services, r) for r in records)]})
 
 
 @router.get("/models/{model:path}", responses={404: _REFUSALS[404]})
+@requires("infer")
 async def model(model: str, services: Context, tenant: Tenant) -> Response:
     """One model or adapter."""
     if model == services.model_name:
         return JSONResponse(_base_card(services))
     try:
-        record = await to_thread.run_sync(services.store.get, tenant, model)
+        record = await to_thread.run_sync(services.store.resolve, tenant, model)
     except (NotFound, Invalid):
         raise UnknownModelError(model) from None
     return JSONResponse(_card(services, record))
@@ -122,45 +128,57 @@ async def model(model: str, services: Context, tenant: Tenant) -> Response:
 # -- from body to jobs -----------------------------------------------------------------------------------------------
 
 
-async def _completion_jobs(request: Request, body: CompletionRequest, services: Services, tenant: str) -> list[tuple[str, Job]]:
+async def _completion_jobs(
+    request: Request, body: CompletionRequest, services: Services, caller: Principal
+) -> list[tuple[str, Job]]:
     """(the prompt as text, its job), a prompt's choices side by side."""
     _refuse_unsupported(body, suffix=body.suffix)
     if body.echo and body.logprobs is not None:
         raise ValidationError("`echo` cannot be combined with `logprobs`")
     prompts = _prompts(body.prompt)
     count = check_choices(body, MAX_CHOICES // len(prompts) if len(prompts) <= MAX_CHOICES else 0)
+    check_answers("n", count * len(prompts), caller.policy)
     top_n = check_top_n("logprobs", body.logprobs or 0, services.limits)
-    resolved = await _resolve(services, tenant, body, user=user_of(request, body.user))
-    limit = _COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    resolved = await _resolve(services, caller.tenant, body, user=user_of(request, body.user))
+    limit = default_new_tokens(_COMPLETION_TOKENS, caller.policy) if body.max_tokens is None else body.max_tokens
     orders: list[tuple[str, Job]] = []
     for prompt in prompts:
         shown, ids = await _encoded(prompt, services.text, resolved.frame)
-        job = _job(request, body, services, tenant, ids, resolved, top_n, limit)
+        job = _job(request, body, services, caller, ids, resolved, top_n, limit)
         orders += [(shown, copy) for copy in copies(job, count)]
+    _check_tokens([job for _, job in orders], caller)
     return orders
 
 
-async def _chat_jobs(request: Request, body: ChatRequest, services: Services, tenant: str) -> list[Job]:
+async def _chat_jobs(request: Request, body: ChatRequest, services: Services, caller: Principal) -> list[Job]:
     _refuse_unsupported(body, tools=body.tools)
     count = check_choices(body, MAX_CHOICES)
+    check_answers("n", count, caller.policy)
     if body.top_logprobs is not None and not body.logprobs:
         raise ValidationError("`top_logprobs` needs `logprobs` to be true")
     top_n = check_top_n("top_logprobs", body.top_logprobs or 0, services.limits)
-    resolved = await _resolve(services, tenant, body, user=user_of(request, body.user))
+    resolved = await _resolve(services, caller.tenant, body, user=user_of(request, body.user))
     if not body.messages:
         raise ValidationError("`messages` cannot be empty")
     messages = [_message(index, message) for index, message in enumerate(body.messages)]
     rendered = await to_thread.run_sync(services.text.chat, messages)
     ids = await encode(services.text, rendered, special=False, frame=resolved.frame)
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    return copies(_job(request, body, services, tenant, ids, resolved, top_n, limit), count)
+    jobs = copies(_job(request, body, services, caller, ids, resolved, top_n, limit), count)
+    _check_tokens(jobs, caller)
+    return jobs
+
+
+def _check_tokens(jobs: Sequence[Job], caller: Principal) -> None:
+    requests = [job.request for job in jobs]
+    check_tokens(sum(len(request.prompt) + request.sampling.max_new_tokens for request in requests), caller.policy)
 
 
 def _job(
     request: Request,
     body: OpenAIRequest,
     services: Services,
-    tenant: str,
+    caller: Principal,
     ids: tuple[int, ...],
     resolved: Resolved,
     top_n: int,
@@ -169,7 +187,7 @@ def _job(
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     stop = check_stop(stops, services.limits)
     order = Order(ids, resolved, openai_wish(body, top_n=top_n), max_tokens, stop)
-    return job_of(order, services, tenant, started_at(request))
+    return job_of(order, services, caller, trail_of(request))
 
 
 async def _encoded(prompt: str | Sequence[int], text: Text, frame: Frame) -> tuple[str, tuple[int, ...]]:
@@ -470,10 +488,10 @@ async def _events(shape: _Shape, batch: _Batch, head: Mapping[str, object], *, u
 
 
 def _all_adapters(store: Store, tenant: str) -> list[AdapterRecord]:
-    records, cursor = store.list(tenant, limit=_PAGE)
+    records, cursor = store.list(tenant, limit=_PAGE, shared=True)
     found = list(records)
     while cursor is not None:
-        records, cursor = store.list(tenant, limit=_PAGE, cursor=cursor)
+        records, cursor = store.list(tenant, limit=_PAGE, cursor=cursor, shared=True)
         found += records
     return found
 

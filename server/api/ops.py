@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from .. import __version__
 from ..step_times import SIZE
+from .auth import public, requires
 from .context import Context
 from .schemas import ErrorResponse, Health, Ready
 
@@ -17,24 +18,28 @@ router = APIRouter(tags=["operations"])
 
 
 @router.get("/health", responses={200: {"model": Health}, 503: {"model": ErrorResponse}})
+@public
 async def health(services: Context) -> Response:
     """200 when the server takes requests."""
     return services.readiness.health()
 
 
-@router.get("/livez", response_model=Health)
-async def livez() -> Response:
-    """200 while the process lives, whatever it is doing."""
-    return JSONResponse({"status": "ok"})
+@router.get("/livez", responses={200: {"model": Health}, 503: {"model": ErrorResponse}})
+@public
+async def livez(services: Context) -> Response:
+    """200 while the process lives, whatever it is doing; 503 once the engine has hung for `--watchdog-seconds`."""
+    return services.readiness.alive()
 
 
 @router.get("/readyz", responses={200: {"model": Ready}, 503: {"model": Ready}})
+@public
 async def readyz(services: Context) -> Response:
     """The server's phase; 200 when ready, 503 with the percentage while loading, and while shutting down."""
     return services.readiness.report()
 
 
 @router.get("/info")
+@requires("infer")
 async def info(services: Context) -> Response:
     """The base model and the limits, under LoRAX's names, and what the engine is doing."""
     limits, stats = services.limits, services.client.engine.stats()
@@ -64,6 +69,7 @@ async def info(services: Context) -> Response:
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+@requires("admin")
 async def metrics(services: Context) -> Response:
     """Prometheus exposition."""
     body, content_type = await to_thread.run_sync(services.metrics.render)
@@ -71,6 +77,7 @@ async def metrics(services: Context) -> Response:
 
 
 @router.get("/debug/step")
+@requires("admin")
 async def debug_step(services: Context, last: Annotated[int, Query(ge=0, le=SIZE)] = 0) -> Response:
     """Where the time of the last 256 steps went: medians by phase, and with `last` so many steps one by one."""
     return JSONResponse(services.client.engine.step_times().report(last))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from starlette.responses import JSONResponse, Response
@@ -18,6 +19,11 @@ class Readiness:
     def __init__(self, phase: Phase = "ready") -> None:
         self.phase: Phase = phase
         self.percent = 100.0 if phase == "ready" else 0.0
+        self._stalled: Callable[[], bool] = lambda: False
+
+    def watch(self, stalled: Callable[[], bool]) -> None:
+        """`stalled` says whether the engine has stopped coming round; asked each time that somebody asks here."""
+        self._stalled = stalled
 
     def loading(self, percent: float) -> None:
         self.phase, self.percent = "loading", percent
@@ -38,11 +44,15 @@ class Readiness:
 
     def health(self) -> Response:
         """`GET /health`."""
-        if self.phase != "ready":
+        if self.phase != "ready" or self._stalled():
             return JSONResponse(_UNHEALTHY, UnavailableError.status)
         return JSONResponse({"status": "ok"})
 
+    def alive(self) -> Response:
+        """`GET /livez`: 503 asks whoever supervises the process to start it again."""
+        return JSONResponse(_UNHEALTHY, UnavailableError.status) if self._stalled() else JSONResponse({"status": "ok"})
+
     def report(self) -> Response:
         """`GET /readyz`."""
-        status = 200 if self.phase == "ready" else UnavailableError.status
+        status = 200 if self.phase == "ready" and not self._stalled() else UnavailableError.status
         return JSONResponse({"phase": self.phase, "percent": round(self.percent, 1)}, status)

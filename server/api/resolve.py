@@ -138,7 +138,7 @@ def _stored(record: AdapterRecord, task_id: int | None) -> Ingredient:
 
 def _adapter(store: Store, tenant: str, name: str) -> AdapterRecord:
     try:
-        return store.get(tenant, name)
+        return store.resolve(tenant, name)
     except Invalid:
         raise NotFound("adapter", name) from None
 

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from ..tenancy.policy import TenantPolicy
+
 
 class Strict(BaseModel):
     """A request body. `null` counts as absent for a field that has a default other than null."""
@@ -279,6 +281,7 @@ class AdapterResponse(BaseModel):
     size_bytes: int
     created_at: datetime
     state: str = Field(description="stored, loading, resident, or failed(reason)")
+    shared: bool = Field(description="Whether all tenants may use it.")
     details: dict[str, object]
 
 
@@ -320,3 +323,45 @@ class OpenAIError(BaseModel):
 
 class OpenAIErrorResponse(BaseModel):
     error: OpenAIError
+
+
+# -- operators ---------------------------------------------------------------------------------------------------------
+
+
+class PolicyRequest(TenantPolicy):
+    """A tenant's whole policy; what is left out is the server's own limit."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class TenantResponse(BaseModel):
+    name: str
+    policy: dict[str, object]
+    created_at: datetime
+
+
+class TenantList(BaseModel):
+    tenants: list[TenantResponse]
+
+
+class KeyRequest(Strict):
+    tenant: str
+    scopes: list[str] = Field(description="Of infer, adapters, admin.")
+    note: str = ""
+
+
+class KeyResponse(BaseModel):
+    id: str
+    tenant: str
+    scopes: list[str]
+    note: str
+    created_at: datetime
+    revoked_at: datetime | None
+
+
+class NewKeyResponse(KeyResponse):
+    key: str = Field(description="The key itself: the only time that it is shown.")
+
+
+class KeyList(BaseModel):
+    keys: list[KeyResponse]

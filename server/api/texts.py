@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from typing import Literal
-from uuid import uuid4
 
 from anyio import to_thread
 from fastapi import Request
@@ -20,7 +19,10 @@ from ..requests import Request as Work
 from ..requests import Sampling, Task
 from .body import shown
 from .context import Services
-from .generate import identity_headers, started_at, user_of
+from .failures import trail_of
+from .generate import identity_headers, user_of
+from .keyring import Principal
+from .quotas import check_answers, check_tokens
 from .resolve import Resolved, resolve
 from .schemas import TextsRequest
 
@@ -42,15 +44,16 @@ class Texts:
         return " and ".join(f"adapter {name!r}" for name in self.resolved.names) or "the base model"
 
 
-async def texts_of(request: Request, body: TextsRequest, services: Services, tenant: str) -> Texts:
-    """Raises: ValidationError, NotFound."""
+async def texts_of(request: Request, body: TextsRequest, services: Services, caller: Principal) -> Texts:
+    """Raises: ValidationError, QuotaError, NotFound."""
     inputs = [body.inputs] if isinstance(body.inputs, str) else body.inputs
     _check_inputs(inputs)
+    check_answers("inputs", len(inputs), caller.policy)
     _check_truncate(body.parameters.truncate, services.limits.max_total_tokens)
     resolved = await resolve(
         services.store,
         services.names,
-        tenant,
+        caller.tenant,
         adapter_id=_adapter_id(body),
         user_id=user_of(request, body.user_id),
         compose=body.parameters.compose,
@@ -61,6 +64,7 @@ async def texts_of(request: Request, body: TextsRequest, services: Services, ten
     kept = tuple(tuple(offsets[-body.parameters.truncate :] if body.parameters.truncate else offsets) for offsets in tokens)
     for offsets in kept:
         _check_room(len(offsets), resolved.virtual_tokens + len(tail), services.limits.max_total_tokens)
+    check_tokens(sum(len(offsets) + len(tail) for offsets in kept), caller.policy)
     return Texts(kept, tail, resolved, several=not isinstance(body.inputs, str))
 
 
@@ -69,16 +73,18 @@ def jobs_of(
     task: Task,
     request: Request,
     services: Services,
-    tenant: str,
+    caller: Principal,
     *,
     pooling: Literal["last", "mean"] = "mean",
 ) -> list[Job]:
     """One job per text."""
+    trail = trail_of(request)
+    trail.about(adapters=texts.resolved.names, digests=texts.resolved.digests)
     return [
         Job(
             request=Work(
-                id=uuid4().hex,
-                tenant=tenant,
+                id=trail.new_run(),
+                tenant=caller.tenant,
                 adapters=texts.resolved.digests,
                 prompt=(*(token.id for token in tokens), *texts.tail),
                 sampling=Sampling(max_new_tokens=0),
@@ -86,9 +92,11 @@ def jobs_of(
                 task=task,
                 pooling=pooling,
                 recipes=texts.resolved.recipes,
+                policy=caller.policy,
             ),
             adapters=texts.resolved.names,
-            started=started_at(request),
+            started=trail.started,
+            trail=trail,
         )
         for tokens in texts.tokens
     ]

@@ -1,6 +1,7 @@
 """Receives an adapter: a multipart body, written to the store's staging area as it arrives and never held in memory.
 
-Owns the form's rules (which fields, which files, how large). Looks into no file; that is `Validate`'s work.
+Owns the form's rules (which fields, which files, how large). Looks into no file: `Inspect` does while it arrives, and
+`Validate` once it is whole.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from adapters_store.staging import Staged, StagedFile
 
 from ..errors import MalformedError, TooLargeError, ValidationError
+from .context import Inspect, anything
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
+_MAX_BOUNDARY = 70  # characters, of RFC 2046
 _MAX_HEADERS = 4096  # bytes of one part's headers
 _MAX_FIELD = 1024  # bytes of `adapter_id`
 _MAX_PARTS = 64
@@ -108,18 +111,22 @@ class Upload:
         upload.adapter_id
     """
 
-    def __init__(self, staged: Staged, max_bytes: int) -> None:
+    def __init__(self, staged: Staged, max_bytes: int, inspect: Inspect = anything) -> None:
         self.adapter_id = ""
         self.received = 0  # bytes
         self._staged = staged
         self._max_bytes = max_bytes
+        self._inspect = inspect
+        self._looked_at: Callable[[bytes], None] = lambda data: None
         self._value = bytearray()
         self._part: Part | None = None
         self._file: StagedFile | None = None
         self._open = ExitStack()
 
     async def receive(self, content_type: str, chunks: AsyncIterator[bytes]) -> None:
-        """Raises: TooLargeError while receiving, MalformedError for what is no form, ValidationError naming the field."""
+        """Raises: TooLargeError while receiving, AdapterError for a file that cannot be one of an adapter, MalformedError for
+        what is no form, ValidationError naming the field.
+        """
         events = _Events()
         parser = MultipartParser(_boundary(content_type), events.callbacks())
         try:
@@ -163,10 +170,12 @@ class Upload:
         if not filename:
             raise ValidationError("`files` must be files with names")
         if filename.rpartition("/")[2] not in _LEFT_OUT:
+            self._looked_at = self._inspect(filename)
             self._file = self._open.enter_context(self._staged.file(filename))
 
     def _data(self, data: bytes) -> None:
         if self._file is not None:
+            self._looked_at(data)
             self._file.write(data)
         elif self._part is not None and self._part.field == "adapter_id":
             self._value += data
@@ -194,7 +203,10 @@ def _boundary(content_type: str) -> bytes:
     kind, options = parse_options_header(content_type)
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
         raise MalformedError("Expected request with `Content-Type: multipart/form-data; boundary=...`")
-    return options[b"boundary"]
+    boundary = options[b"boundary"]
+    if len(boundary) > _MAX_BOUNDARY:
+        raise MalformedError(f"the form's boundary may have {_MAX_BOUNDARY} characters, it has {len(boundary)}")
+    return boundary
 
 
 def _parsing(step: Callable[[], object]) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from anyio import to_thread
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Request
 from starlette.responses import JSONResponse, Response
 
 from adapters_store.records import JSON, UserBinding
 
 from .adapters import Cursor, Limit
-from .auth import Tenant
+from .auth import Tenant, requires
 from .body import documented, json_body
 from .context import Context
+from .failures import trail_of
 from .schemas import ErrorResponse, UserList, UserRequest, UserResponse
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {
@@ -38,13 +39,16 @@ UserBody = Annotated[UserRequest, Depends(json_body(UserRequest))]
     responses=_BODY_REFUSALS,
     openapi_extra=documented(UserRequest, bind={"adapter_id": "support"}),
 )
-async def bind_user(user_id: str, body: UserBody, services: Context, tenant: Tenant) -> Response:
+@requires("adapters", action="user.bind")
+async def bind_user(request: Request, user_id: str, body: UserBody, services: Context, tenant: Tenant) -> Response:
     """Send this user's requests through an adapter from now on. The name is bound: a new version takes effect at once."""
+    trail_of(request).about(user=user_id, adapters=[body.adapter_id])
     binding = await to_thread.run_sync(services.store.bind_user, tenant, user_id, body.adapter_id)
     return JSONResponse(_described(binding))
 
 
 @router.get("", response_model=UserList, responses={422: _REFUSALS[422], 503: _REFUSALS[503]})
+@requires("infer")
 async def list_users(services: Context, tenant: Tenant, limit: Limit = 100, cursor: Cursor = None) -> Response:
     """All users who are bound to an adapter, in the order of their ids."""
     users, following = await to_thread.run_sync(lambda: services.store.list_users(tenant, limit=limit, cursor=cursor))
@@ -52,14 +56,17 @@ async def list_users(services: Context, tenant: Tenant, limit: Limit = 100, curs
 
 
 @router.get("/{user_id:path}", response_model=UserResponse, responses=_REFUSALS)
+@requires("infer")
 async def get_user(user_id: str, services: Context, tenant: Tenant) -> Response:
     """The adapter that this user's requests go through."""
     return JSONResponse(_described(await to_thread.run_sync(services.store.get_user, tenant, user_id)))
 
 
 @router.delete("/{user_id:path}", status_code=204, responses=_REFUSALS)
-async def delete_user(user_id: str, services: Context, tenant: Tenant) -> Response:
+@requires("adapters", action="user.unbind")
+async def delete_user(request: Request, user_id: str, services: Context, tenant: Tenant) -> Response:
     """Unbind a user, whose requests go to the base model then."""
+    trail_of(request).about(user=user_id)
     await to_thread.run_sync(services.store.delete_user, tenant, user_id)
     return Response(status_code=204)
 

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
-from uuid import uuid4
 
 from ..engine.client import EngineClient, Job
 from ..engine.scoring import score_all
@@ -102,7 +101,7 @@ def _parts(asked: Sequence[tuple[int, Ids]], first: int) -> Iterable[Sequence[tu
 
 def _behind(job: Job, beginning: Ids, choices: Ids) -> Job:
     prompt, arrival = (*job.request.prompt, *beginning), time.monotonic() if beginning else job.request.arrival
-    id = uuid4().hex if beginning else job.request.id
+    id = job.trail.new_run() if beginning else job.request.id
     return replace(job, request=replace(job.request, id=id, prompt=prompt, choices=choices, arrival=arrival))
 
 

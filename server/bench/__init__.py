@@ -19,14 +19,18 @@ from urllib.parse import urlsplit
 import httpx
 from rich.console import Group, RenderableType
 
+from .cold import cold_start
 from .machine import Machine, measure_machine
+from .neighbour import noisy_neighbour
 from .offline_report import OfflineReport, offline_blocks, offline_json
 from .options import BenchError, BenchOptions
 from .provenance import Provenance
+from .registered import many_registered
 from .report import BenchReport, bench_json, blocks
 from .scenarios import Findings, base_versus_adapters, many_adapters, plain_load, prefill_while_decoding
 from .session import Session
 from .target import connect
+from .weights import weights
 
 __all__ = ["BenchError", "BenchOptions", "BenchReport", "OfflineReport", "bench", "render", "run_bench", "to_json"]
 
@@ -36,6 +40,10 @@ _SCENARIOS: Final[Mapping[str, Callable[[Session], Awaitable[Findings]]]] = Mapp
         "base-vs-adapters": base_versus_adapters,
         "many-adapters": many_adapters,
         "prefill-while-decoding": prefill_while_decoding,
+        "noisy-neighbour": noisy_neighbour,
+        "weights": weights,
+        "many-registered": many_registered,
+        "cold-start": cold_start,
     }
 )
 _LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
@@ -60,7 +68,7 @@ def render(report: BenchReport | OfflineReport) -> RenderableType:
 
 
 def to_json(report: BenchReport | OfflineReport) -> str:
-    """The report with its derived figures, as one JSON object. The API key is left out."""
+    """The report with its derived figures, as one JSON object. API keys are left out."""
     return offline_json(report) if isinstance(report, OfflineReport) else bench_json(report)
 
 
@@ -70,7 +78,7 @@ async def bench(options: BenchOptions, transport: httpx.AsyncBaseTransport | Non
     seed = secrets.randbits(32) if options.seed is None else options.seed
     async with connect(
         options.url,
-        api_key=options.api_key,
+        api_key=options.api_key or next(iter(options.api_keys), None),
         request_seconds=options.timeout,
         concurrency=options.concurrency,
         transport=transport,
@@ -89,6 +97,7 @@ async def bench(options: BenchOptions, transport: httpx.AsyncBaseTransport | Non
             comparison=findings.comparison,
             memory=findings.memory,
             interference=findings.interference,
+            verdict=findings.verdict,
         )
 
 

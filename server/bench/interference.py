@@ -94,7 +94,7 @@ async def play(session: Session, names: Sequence[str], index: int) -> Round:
     window = (late.started, late.token_times[0])
     if window[1] > min(outcome.ended for outcome in met):
         raise BenchError("`max_new_tokens`: the streams ended before the long prompt had its first token; generate more")
-    gaps, met_gaps = _gaps(undisturbed, _steady(undisturbed)), _gaps(met, window)
+    gaps, met_gaps = gaps_in(undisturbed, steady(undisturbed)), gaps_in(met, window)
     foreign = _worst(alone_load, quiet_load, met_load)
     meeting = Meeting(
         alone=_first_token(single),
@@ -134,7 +134,7 @@ def _check(outcomes: Sequence[Outcome], label: str) -> None:
             raise BenchError(f"{label}: a request failed with {outcome.status}: {outcome.message}")
 
 
-def _steady(outcomes: Sequence[Outcome]) -> tuple[float, float]:
+def steady(outcomes: Sequence[Outcome]) -> tuple[float, float]:
     """From the time when every stream has its second token until the first one ends. Raises: BenchError when there is none."""
     begun = max(outcome.token_times[min(1, len(outcome.token_times) - 1)] for outcome in outcomes)
     ended = min(outcome.token_times[-1] for outcome in outcomes)
@@ -145,11 +145,11 @@ def _steady(outcomes: Sequence[Outcome]) -> tuple[float, float]:
 
 def _delay(outcomes: Sequence[Outcome]) -> float:
     """Seconds from the start of streams until all of them are well under way."""
-    begun, ended = _steady(outcomes)
+    begun, ended = steady(outcomes)
     return begun - min(outcome.started for outcome in outcomes) + _PATIENCE * (ended - begun)
 
 
-def _gaps(outcomes: Sequence[Outcome], window: tuple[float, float]) -> list[float]:
+def gaps_in(outcomes: Sequence[Outcome], window: tuple[float, float]) -> list[float]:
     """Of those gaps that lie in the window at least in part."""
     pairs = (pair for outcome in outcomes for pair in pairwise(outcome.token_times))
     return [later - earlier for earlier, later in pairs if later > window[0] and earlier < window[1]]

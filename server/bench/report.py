@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from math import isinf
+from math import isfinite, isinf
 from pathlib import Path
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .figures import Figure, Unit, Verdict
 from .interference import Interference
 from .machine import Machine
 from .options import BenchOptions
@@ -39,6 +40,7 @@ class BenchReport:
     comparison: Comparison | None = None
     memory: Memory | None = None
     interference: Interference | None = None
+    verdict: Verdict | None = None
 
     @property
     def failed(self) -> int:
@@ -47,9 +49,10 @@ class BenchReport:
 
 
 def bench_json(report: BenchReport) -> str:
-    """The report with its derived figures, as one JSON object. The API key is left out."""
+    """The report with its derived figures, as one JSON object. API keys are left out."""
     found = asdict(report)
-    found["options"].pop("api_key")
+    for secret in ("api_key", "api_keys"):
+        found["options"].pop(secret)
     found["failed"] = report.failed
     for load, values in zip(report.loads, found["loads"], strict=True):
         values["tokens_per_second"] = load.tokens_per_second
@@ -61,16 +64,20 @@ def bench_json(report: BenchReport) -> str:
     if report.interference:
         ratios = {name: asdict(report.interference.spread(name)) for name in ("first_token_ratio", "gap_ratio")}
         found["interference"] |= ratios
+    if report.verdict:
+        found["verdict"]["met"] = report.verdict.met
+        for figure, values in zip(report.verdict.figures, found["verdict"]["figures"], strict=True):
+            values["met"] = figure.met
     return json.dumps(plain(found), indent=2)
 
 
 def plain(value: object) -> object:
-    """JSON has no infinity (the last bucket of a histogram) and no paths."""
+    """JSON has no infinity (the last bucket of a histogram), no NaN (a percentile of nothing) and no paths."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    if isinstance(value, float) and isinf(value):
+    if isinstance(value, float) and not isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value
 
@@ -81,6 +88,8 @@ def blocks(report: BenchReport) -> Iterator[RenderableType]:
         yield _comparison(report.comparison)
     if report.interference:
         yield _interference(report.interference)
+    if report.verdict:
+        yield _verdict(report.verdict)
     yield _loads(report.loads)
     steps = [(load.label, load.steps) for load in report.loads[-_SHOWN_LOADS:] if load.steps]
     if steps:
@@ -147,6 +156,45 @@ def _interference(found: Interference) -> Table:
     if left_out:
         table.caption = f"Left out: {left_out} rounds that other programs disturbed."
     return table
+
+
+def _verdict(verdict: Verdict) -> Table:
+    table = make_table(verdict.title, 1)
+    table.add_column("")
+    for name in ("figure", "least..most of rounds", "goal"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict")
+    for figure in verdict.figures:
+        spread = figure.spread and f"{_shown(figure.spread.least, figure.unit)}..{_shown(figure.spread.most, figure.unit)}"
+        met = {None: "", True: "met", False: "MISSED"}[figure.met]
+        table.add_row(
+            figure.name, _shown(figure.value, figure.unit), spread or "", _goal(figure), met, style="bold" if met else ""
+        )
+    table.caption = "\n".join(verdict.notes) or None
+    table.caption_justify = "left"
+    return table
+
+
+def _goal(figure: Figure) -> str:
+    least = "" if figure.least is None else f"at least {_shown(figure.least, figure.unit)}"
+    most = "" if figure.most is None else f"at most {_shown(figure.most, figure.unit)}"
+    return ", ".join(filter(None, (least, most)))
+
+
+def _shown(value: float, unit: Unit) -> str:
+    if not isfinite(value):
+        return "-"
+    match unit:
+        case "s":
+            return f"{value * 1e3:.1f} ms"
+        case "share":
+            return f"{value:.1%}"
+        case "tokens/s":
+            return f"{value:.1f} tok/s"
+        case "ratio":
+            return f"{value:.2f}"
+        case "count":
+            return f"{value:.0f}"
 
 
 def spread_cells(spread: Spread, form: str) -> str:

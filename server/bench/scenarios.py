@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from . import interference
+from .figures import Verdict
 from .interference import Interference
 from .load import measure
 from .machine import is_disturbed
@@ -31,6 +32,7 @@ class Findings:
     comparison: Comparison | None = None
     memory: Memory | None = None
     interference: Interference | None = None
+    verdict: Verdict | None = None
 
 
 class _Played(Protocol):

@@ -73,6 +73,12 @@ def steps_between(before: Scrape, after: Scrape) -> StepReport | None:
     )
 
 
+def mean_step_seconds(before: Scrape, after: Scrape) -> float:
+    """Of the steps between two scrapes; 0 when there were none or the server does not tell."""
+    count, total = (_grown(before, after, f"adapterd_step_seconds_{part}") for part in ("count", "sum"))
+    return total / count if total is not None and count else 0.0
+
+
 def _grown(before: Scrape, after: Scrape, name: str) -> float | None:
     """A labelled counter does not exist before it first counts."""
     end = after.total(name)

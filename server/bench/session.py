@@ -6,11 +6,12 @@ Owns the adapters that it uploads: they have names of their own and are deleted 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from random import Random
@@ -36,6 +37,8 @@ _BUDGET: Final = {
     "KV cache": "kv_cache_bytes",
     "host cache of adapters": "host_cache_limit_bytes",
 }
+_SHAPE_DIGITS: Final = 12
+_AT_ONCE: Final = 4  # uploads: one is written to disk while others are received, checked or made
 _WARMUP_TOKENS = 2  # generated per adapter: one prefill, one decode
 
 
@@ -53,6 +56,18 @@ class Session:
 
     def __post_init__(self) -> None:
         self._random = Random(self.seed)
+
+    def under(self, target: Target, adapters: int) -> Session:
+        """The part of the run that belongs to another tenant, with so many adapters of its own."""
+        options = replace(self.options, adapters=adapters)
+        return Session(target, options, self.info, self._random.getrandbits(32), _uploads=self._uploads)
+
+    def fleet(self, adapters: int) -> Session:
+        """So many adapters of fixed content, named after it: a later run of this shape finds them where one left them."""
+        options = replace(self.options, adapters=adapters)
+        shape = repr((options.families, options.rank, options.virtual_tokens, options.precision, self.dimensions))
+        content = hashlib.sha256(shape.encode()).hexdigest()[:_SHAPE_DIGITS]
+        return Session(self.target, options, self.info, int(content, 16), f"bench-fleet-{content}", _uploads=self._uploads)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -93,11 +108,23 @@ class Session:
                     await asyncio.shield(self.target.delete(name))
 
     async def upload(self, index: int) -> None:
-        """The adapter of that number; numbers are uploaded in order."""
-        files = self.files(index)
-        self._begun = index + 1
+        """The adapter of that number; numbers are begun in order."""
+        files = await asyncio.to_thread(self.files, index)
+        self._begun = max(self._begun, index + 1)
         took = await self.target.upload(self.names[index], files)
         self._uploads.append((self._family(index), sum(map(len, files.values())), took))
+
+    async def upload_missing(self) -> None:
+        """Every adapter whose name the tenant does not have yet, a few at once."""
+        names, there = self.names, await self.target.adapter_names()
+        self._begun = len(names)
+        missing = iter([index for index, name in enumerate(names) if name not in there])
+
+        async def work() -> None:
+            for index in missing:
+                await self.upload(index)
+
+        await asyncio.gather(*(work() for _ in range(_AT_ONCE)))
 
     def files(self, index: int) -> Files:
         """Adapter `index` of the run: the same bytes whenever asked."""

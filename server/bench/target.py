@@ -19,6 +19,7 @@ from .scrape import Scrape
 from .workload import Order, Piece
 
 _CONTROL_SECONDS = 60.0  # for everything but generation
+_PAGE = 1000  # records per page of a listing
 _SHOWN = 300  # characters of the server's words in a message
 _DATA = "data:"
 
@@ -26,9 +27,14 @@ _DATA = "data:"
 class Target:
     """A server under test. Use `connect`."""
 
-    def __init__(self, http: httpx.AsyncClient, request_seconds: float) -> None:
+    def __init__(self, http: httpx.AsyncClient, request_seconds: float, api_key: str | None = None) -> None:
         self._http = http
         self._request_seconds = request_seconds
+        self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+
+    def under(self, api_key: str | None) -> Target:
+        """The same server with another key."""
+        return Target(self._http, self._request_seconds, api_key)
 
     async def info(self) -> Mapping[str, object]:
         """What /info says. Raises: BenchError when no server answers."""
@@ -38,7 +44,9 @@ class Target:
         return found
 
     async def scrape(self) -> Scrape:
-        return Scrape.parse((await self._call("GET", "/metrics")).text)
+        """Nothing, from a server that does not show this key its metrics."""
+        response = await self._call("GET", "/metrics", allowed=(401, 403, 404))
+        return Scrape.parse(response.text if response.is_success else "")
 
     async def tokenize(self, text: str) -> Sequence[Piece]:
         found = (await self._call("POST", "/tokenize", json={"inputs": text})).json()
@@ -54,6 +62,47 @@ class Target:
     async def delete(self, name: str) -> None:
         """Also of an adapter that is not there."""
         await self._call("DELETE", f"/adapters/{name}", allowed=(404,))
+
+    async def adapter_names(self) -> set[str]:
+        """Of every adapter that the key's tenant has."""
+        names: set[str] = set()
+        params: dict[str, str] = {"limit": str(_PAGE)}
+        while True:
+            page = (await self._call("GET", "/adapters", params=params)).json()
+            names |= {str(record["adapter_id"]) for record in page["adapters"]}
+            if not page.get("next_cursor"):
+                return names
+            params["cursor"] = str(page["next_cursor"])
+
+    async def load(self, name: str) -> None:
+        """Have an adapter on the device. Raises: BenchError when it cannot be."""
+        await self._call("POST", f"/adapters/{name}/load")
+
+    async def unload(self, name: str) -> str:
+        """Off the device and out of host memory, unless requests use it; the state that it is in then."""
+        return str((await self._call("POST", f"/adapters/{name}/unload")).json()["state"])
+
+    async def put_tenant(self, name: str, policy: Mapping[str, object]) -> None:
+        """With an administrator's key."""
+        await self._call("PUT", f"/admin/tenants/{name}", json=dict(policy))
+
+    async def remove_tenant(self, name: str) -> None:
+        """With its keys and adapters; also one that is not there."""
+        await self._call("DELETE", f"/admin/tenants/{name}", params={"adapters": "true"}, allowed=(404,))
+
+    async def make_key(self, tenant: str, scopes: Sequence[str]) -> str:
+        """The key itself, which no answer shows again."""
+        found = await self._call("POST", "/admin/keys", json={"tenant": tenant, "scopes": list(scopes)})
+        return str(found.json()["key"])
+
+    async def answer(self, order: Order) -> tuple[int, ...]:
+        """The ids of a request's new tokens, its whole prompt computed: asking for the prompt's details leaves no room for
+        cached keys and values. Raises: BenchError when it fails.
+        """
+        body = _body(order)
+        body["parameters"] = {**body["parameters"], "decoder_input_details": True}
+        found = (await self._call("POST", "/generate", json=body, timeout=self._request_seconds)).json()
+        return tuple(int(token["id"]) for token in found["details"]["tokens"])
 
     async def generate(self, order: Order) -> Outcome:
         """Streams one request to its end. Failures are outcomes, not exceptions."""
@@ -72,7 +121,9 @@ class Target:
 
     async def _stream(self, order: Order, lines: list[tuple[float, str]]) -> int:
         """Lines are noted as they come and read afterwards: the client's own work stays out of the server's way."""
-        async with self._http.stream("POST", "/generate_stream", json=_body(order), timeout=self._request_seconds) as response:
+        async with self._http.stream(
+            "POST", "/generate_stream", json=_body(order), headers=self._headers, timeout=self._request_seconds
+        ) as response:
             async for line in response.aiter_lines():
                 lines.append((time.perf_counter(), line))  # noqa: PERF401  # a stream cut short must leave what came
             return response.status_code
@@ -80,7 +131,7 @@ class Target:
     async def _call(self, method: str, path: str, *, allowed: tuple[int, ...] = (), **request: Any) -> httpx.Response:
         """Raises: BenchError for any answer that is neither a success nor `allowed`."""
         try:
-            response = await self._http.request(method, path, **request)
+            response = await self._http.request(method, path, headers=self._headers, **request)
         except httpx.HTTPError as error:
             raise BenchError(
                 f"`url`: {method} {str(self._http.base_url).rstrip('/')}{path} got no answer: {error!r}"
@@ -99,19 +150,20 @@ async def connect(
     concurrency: int,
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> AsyncIterator[Target]:
-    """A client with as many connections as requests may be in flight. `transport` replaces the network."""
+    """A client that keeps as many connections as requests are in flight at once in a closed loop. `transport` replaces
+    the network.
+    """
     async with httpx.AsyncClient(
         base_url=url,
-        headers={"authorization": f"Bearer {api_key}"} if api_key else {},
         timeout=_CONTROL_SECONDS,
-        limits=httpx.Limits(max_connections=concurrency + 1, max_keepalive_connections=concurrency + 1),
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency + 1),
         transport=transport,
         trust_env=False,
     ) as http:
-        yield Target(http, request_seconds)
+        yield Target(http, request_seconds, api_key)
 
 
-def _body(order: Order) -> dict[str, object]:
+def _body(order: Order) -> dict[str, Any]:
     parameters: dict[str, object] = {
         "max_new_tokens": order.max_new_tokens,
         "ignore_eos_token": True,

@@ -70,6 +70,11 @@ async def make_prompts(tokenize: Tokenize, count: int, tokens: int, random: Rand
     return [await _make_prompt(tokenize, tokens, random) for _ in range(count)]
 
 
+def rough_prompt(tokens: int, random: Random) -> Prompt:
+    """About `tokens` tokens, whose ids only the server knows: for traffic whose requests cannot be prepared one by one."""
+    return Prompt(" ".join(random.choices(_WORDS, k=tokens)), ())
+
+
 async def _make_prompt(tokenize: Tokenize, tokens: int, random: Random) -> Prompt:
     for _ in range(_TEXTS):
         text = " ".join(random.choices(_WORDS, k=tokens))  # a word is one token at least

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, TypeGuard
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import AdapterError
+from ..methods.base import finite
 
 CONFIG: Final = "adapter_config.json"
 READ: Final = frozenset(
@@ -36,6 +36,7 @@ CONVERSION: Final = "adapterd adapters convert DIR"
 
 MAX_JSON_BYTES: Final = 1 << 20
 MAX_JSON_DEPTH: Final = 16
+LENGTH_BYTES: Final = 8  # in which a safetensors file begins with its header's length
 MAX_TENSORS: Final = 20_000
 MAX_TENSOR_NAME: Final = 512
 MAX_DIMENSIONS: Final = 8
@@ -55,13 +56,18 @@ class TensorEntry:
 def check_names(names: Collection[str]) -> None:
     """Refuse a part of an upload by its file names alone. Raises: AdapterError naming the file."""
     for name in sorted(names):
-        if name.lower().endswith(PICKLES):
-            raise AdapterError(_shown(name), f"pickled files are not accepted; convert them where you trust them: {CONVERSION}")
-        if name not in READ | IGNORED:
-            accepted = ", ".join(sorted(READ | IGNORED))
-            raise AdapterError(_shown(name), f"is not a file of an adapter, leave it out; accepted: {accepted}")
+        check_name(name)
     if CONFIG not in names:
         raise AdapterError(CONFIG, "is missing from the upload")
+
+
+def check_name(name: str) -> None:
+    """Raises: AdapterError for a file that no part of an adapter has."""
+    if name.lower().endswith(PICKLES):
+        raise AdapterError(_shown(name), f"pickled files are not accepted; convert them where you trust them: {CONVERSION}")
+    if name not in READ | IGNORED:
+        accepted = ", ".join(sorted(READ | IGNORED))
+        raise AdapterError(_shown(name), f"is not a file of an adapter, leave it out; accepted: {accepted}")
 
 
 def load_json(path: Path, name: str) -> dict[str, object]:
@@ -92,20 +98,33 @@ def read_header(file: BinaryIO, size: int, name: str) -> dict[str, TensorEntry]:
     Reads the header only, so that an upload can be refused before its body has been accepted.
     Raises: AdapterError naming the file or the tensor.
     """
-    if size < 8:
-        raise AdapterError(name, f"has {size} bytes, a safetensors file has at least 8")
-    length = int.from_bytes(file.read(8), "little")
+    if size < LENGTH_BYTES:
+        raise AdapterError(name, f"has {size} bytes, a safetensors file has at least {LENGTH_BYTES}")
+    length = header_length(file.read(LENGTH_BYTES), name)
+    if LENGTH_BYTES + length > size:
+        raise AdapterError(name, f"declares a header of {length} bytes, but the file has {size}: it is cut short")
+    entries, declared = parse_header(file.read(length), name)
+    if declared != size - LENGTH_BYTES - length:
+        raise AdapterError(name, f"holds {size - LENGTH_BYTES - length} bytes of tensors, but its header declares {declared}")
+    return entries
+
+
+def header_length(first: bytes, name: str) -> int:
+    """Bytes of the header behind the first LENGTH_BYTES of a file. Raises: AdapterError."""
+    length = int.from_bytes(first, "little")
     if length > MAX_JSON_BYTES:
         raise AdapterError(name, f"declares a header of {length} bytes, over the limit of {MAX_JSON_BYTES}")
-    if 8 + length > size:
-        raise AdapterError(name, f"declares a header of {length} bytes, but the file has {size}: it is cut short")
-    declared = parse_json(file.read(length), name)
+    return length
+
+
+def parse_header(header: bytes, name: str) -> tuple[dict[str, TensorEntry], int]:
+    """A header's tensors, which leave no gap, and how many bytes they have together. Raises: AdapterError."""
+    declared = parse_json(header, name)
     _check_metadata(declared.pop("__metadata__", None), name)
     if not 0 < len(declared) <= MAX_TENSORS:
         raise AdapterError(name, f"holds {len(declared)} tensors; accepted: 1 to {MAX_TENSORS}")
     entries = {tensor: _entry(tensor, entry) for tensor, entry in declared.items()}
-    _check_tiling(entries, size - 8 - length, name)
-    return entries
+    return entries, _tiled(entries)
 
 
 def load_tensors(path: Path, name: str) -> dict[str, Tensor]:
@@ -118,7 +137,7 @@ def load_tensors(path: Path, name: str) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise AdapterError(name, f"is not a valid safetensors file: {_reason(error)}") from None
     for tensor, value in tensors.items():
-        if not bool(torch.isfinite(value).all()):
+        if not finite(value):
             raise AdapterError(tensor, "holds NaN or infinity")
     return tensors
 
@@ -200,12 +219,11 @@ def _naturals(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
-def _check_tiling(entries: Mapping[str, TensorEntry], size: int, name: str) -> None:
-    """|0 a 16|16 b 40|40 c 64| = size: no gap, no overlap, no byte left"""
+def _tiled(entries: Mapping[str, TensorEntry]) -> int:
+    """|0 a 16|16 b 40|40 c 64| = 64: no gap, no overlap. Raises: AdapterError."""
     expected = 0
     for tensor, entry in sorted(entries.items(), key=lambda item: item[1].begin):
         if entry.begin != expected:
             raise AdapterError(tensor, f"begins at byte {entry.begin}, but the tensors before it end at {expected}")
         expected = entry.end
-    if expected != size:
-        raise AdapterError(name, f"holds {size} bytes of tensors, but its header declares {expected}")
+    return expected

@@ -20,6 +20,7 @@ from typing import Protocol, Self
 
 from adapters_store.digest import Digest
 
+from ..audit import Trail
 from ..errors import AdapterdError, GenerationError, UnavailableError
 from ..metrics import EngineStats, Metrics
 from ..model.text import Text, Transcript
@@ -36,13 +37,13 @@ class EngineLike(Protocol):
     """
 
     def submit(self, request: Request) -> None:
-        """Accept at once. Raises: OverloadedError when the queue is full, UnavailableError when stopping."""
+        """Accept at once. Raises: OverloadedError, QuotaError for what is over a limit, UnavailableError when stopping."""
 
     def cancel(self, request_id: str) -> None:
         """End a request with one `Event(finish=CANCELLED)`. Unknown and finished ids are ignored."""
 
-    def warm(self, digests: tuple[Digest, ...]) -> Future[None]:
-        """Load adapters onto the device; the future fails with an AdapterdError."""
+    def warm(self, digests: tuple[Digest, ...], tenant: str = "default") -> Future[None]:
+        """Load adapters onto the device, at the expense of `tenant`'s slots; the future fails with an AdapterdError."""
 
     def unload(self, digest: Digest) -> bool:
         """Drop an adapter from the device once nothing runs on it; false when it was not there."""
@@ -101,6 +102,7 @@ class Job:
     stop: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()  # the names behind request.adapters, for metrics
     started: float = 0.0  # time.monotonic() when the HTTP request came in
+    trail: Trail = field(default_factory=lambda: Trail("-"))  # of the HTTP request, told how this ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,9 +205,9 @@ class EngineClient:
             raise
         return listener.events
 
-    async def warm(self, digests: Sequence[Digest]) -> None:
+    async def warm(self, digests: Sequence[Digest], tenant: str = "default") -> None:
         """Wait until the adapters are on the device. Raises: AdapterdError when one cannot be loaded."""
-        await asyncio.wrap_future(self.engine.warm(tuple(digests)))
+        await asyncio.wrap_future(self.engine.warm(tuple(digests), tenant))
 
     def waiting_adapters(self) -> list[str]:
         """Names of adapters that some request wants and that no step has used for it yet."""
@@ -293,6 +295,7 @@ class Generation(AsyncIterator[Delta]):
         if event.queue_seconds is not None:
             self.summary.queue = event.queue_seconds
             self._client.metrics.queued(event.queue_seconds)
+            self.job.trail.waited(event.queue_seconds)
         if event.prompt:
             self.summary.prefill += event.prompt  # one event per chunk of the prompt
         self.summary.cached_tokens = max(self.summary.cached_tokens, event.cached_tokens)
@@ -333,6 +336,7 @@ class Generation(AsyncIterator[Delta]):
         if self._last_token is None:
             self.summary.first_token = now - self.job.request.arrival
             self._client.metrics.first_token(self.summary.first_token)
+            self.job.trail.began(self.summary.first_token)
         else:
             self._client.metrics.next_token(now - self._last_token)
         self._last_token = now
@@ -351,7 +355,8 @@ class Generation(AsyncIterator[Delta]):
         if outcome == "success":
             metrics.request_seconds(now - self.job.request.arrival)
         prompt = summary.prompt_tokens if summary.generated_tokens else 0
-        metrics.tokens(self.job.request.tenant, self.job.adapters, prompt, summary.generated_tokens)
+        metrics.tokens(self.job.request.tenant, self.job.adapters, prompt, summary.generated_tokens, summary.cached_tokens)
+        self.job.trail.ran(outcome, prompt, summary.cached_tokens, summary.generated_tokens)
 
 
 async def collect(generation: Generation) -> list[Delta]:

@@ -1,16 +1,15 @@
-"""Engine: the one thread that joins the scheduler to the runner. The only code that touches both halves.
+"""Engine: the one thread that joins the scheduler to the runner, and what any thread may ask of it.
 
-    submit, cancel, loaded adapters --inbox--> [ drain -> plan -> apply -> run -> advance ] --publish(events)-->
+    submit, cancel, loaded adapters --inbox--> [ take -> plan -> place -> passes -> book ] --publish(events)-->
 
-Everything that crosses its border is plain data, so it can move to another process without a rewrite. Any number of
-threads may call the public methods; state is touched by the engine's own thread alone.
+Everything that crosses its border is plain data, so it can move to another process without a rewrite. State is touched by
+the engine's own thread alone.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
@@ -20,31 +19,39 @@ import structlog
 
 from adapters_store.digest import Digest
 
-from ..errors import AdapterdError, GenerationError, OverloadedError, UnavailableError
+from ..errors import AdapterdError, OverloadedError, QuotaError, UnavailableError, failure
 from ..methods.base import Adapter
 from ..metrics import EngineStats
 from ..model.runner import Runner
 from ..requests import Event, FinishReason, Request
 from ..step_times import StepTimes
+from ..tenancy.quotas import Admission, AdmissionLimits
 from .derived import Recipes
 from .footprint import Footprint
+from .inbox import Inbox
 from .loading import HostCache, Load, Loading
-from .plan import Change, Copy, Evict, Fill, Plan, Put, Row, Sample, Sequence
+from .passes import Kind, Passes
+from .placing import Placing
+from .plan import Plan
 from .residency import AdapterFacts
 from .scheduler import Scheduler
+from .warming import Warming
+from .watchdog import Pulse
 
 log = structlog.get_logger(__name__)
 
 
 class StepObserver(Protocol):
-    """What the engine reports as it goes; called on its thread, so it must be cheap."""
+    """What the engine reports as it goes; called on its thread and its loaders', so it must be cheap."""
 
     def observe_step(self, rows: int, tokens: int, adapters: int, families: int, seconds: float) -> None: ...
+    def pass_failed(self, kind: Kind) -> None: ...
     def adapter_loaded(self, seconds: float, outcome: str) -> None: ...
     def evicted(self) -> None: ...
     def preempted(self) -> None: ...
     def prefix_cache(self, queried: int, hit: int) -> None: ...
     def speculated(self, guessed: int, right: int) -> None: ...
+    def refused(self, limit: str) -> None: ...
 
 
 class Engine:
@@ -59,30 +66,33 @@ class Engine:
         publish: Callable[[list[Event]], None],
         host_cache_bytes: int = 512 << 20,
         weigh: Callable[[Adapter], Footprint] = lambda adapter: Footprint(),
+        admission: Admission | None = None,
+        pulse: Pulse | None = None,
     ) -> None:
-        """`weigh` says what an adapter takes of the device, and raises AdapterError for one that can never fit."""
+        """`weigh` says what an adapter takes of the device, and raises AdapterError for one that can never fit.
+
+        `admission` is by default that of the scheduler's limits, the same for all tenants.
+        """
+        limits = scheduler.limits
         self._runner = runner
         self._scheduler = scheduler
         self._observer = observer
         self._publish = publish
+        self._weigh = weigh
+        self._admission = admission or Admission(AdmissionLimits(limits.max_running, limits.max_waiting))
         self._cache = HostCache(host_cache_bytes)
         self._recipes = Recipes()
-        self._weigh = weigh
         self._loading = Loading(load, self._cache, self._on_loaded, recipes=self._recipes)
-        self._ready: dict[Digest, Adapter] = {}  # loaded, on their way to a slot
-        self._families: dict[Digest, frozenset[str]] = {}  # of adapters that are on the device
-        self._sources: dict[Digest, frozenset[Digest]] = {}  # of those of them that were computed from stored ones
-        self._evictions: deque[Evict] = deque()  # to be done before anything else: their slots may be given out again
-        self._warm: list[tuple[set[Digest], Future[None]]] = []  # (still missing, whom to tell)
-        self._inbox: deque[Callable[[], None]] = deque()
-        self._wake = threading.Condition()
-        self._closing = False
+        self._warming = Warming()
+        self._placing = Placing(runner, scheduler, observer, self._warming, self._cache)
+        self._passes = Passes(lambda rows: self._runner.run(rows), scheduler, observer, self._placing.relieve)
+        self._inbox = Inbox()
         self._progress = False  # the last step did something, so the next may too
+        self._broken = False  # the last step failed, and so did the recovery from it
         self._times = runner.times
-        self._pending = 0  # accepted requests that have not ended yet
         self._snapshot()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
-        self.beat = time.monotonic()  # when the loop last came round, for a watchdog
+        self._pulse = Pulse() if pulse is None else pulse
 
     # -- any thread ----------------------------------------------------------------------------------------------
 
@@ -91,9 +101,7 @@ class Engine:
 
     def stop(self) -> None:
         """End every request with an error event, then the thread. Idempotent."""
-        with self._wake:
-            self._closing = True
-            self._wake.notify()
+        self._inbox.close()
         if self._thread.is_alive():
             self._thread.join()
         else:
@@ -101,28 +109,31 @@ class Engine:
         self._loading.stop()
 
     def submit(self, request: Request) -> None:
-        """Take a request. Raises: OverloadedError when the queue is full, UnavailableError when stopping."""
-        limits = self._scheduler.limits
-        with self._wake:
-            if self._closing:
-                raise UnavailableError("the server is shutting down")
-            if self._pending >= limits.max_running + limits.max_waiting:
-                raise OverloadedError
-            self._pending += 1
+        """Take a request. Raises: OverloadedError, QuotaError (see `Admission.admit`), UnavailableError when stopping."""
+        with self._inbox.lock:
+            self._inbox.check_open()
+            try:
+                self._admission.admit(request)
+            except (OverloadedError, QuotaError) as error:
+                self._observer.refused(error.limit)
+                raise
             self._recipes.hold(request)
-            self._inbox.append(lambda: self._submit(request))
-            self._wake.notify()
+            self._inbox.put(lambda: self._submit(request))
 
     def cancel(self, request_id: str) -> None:
         """The request ends with a CANCELLED event within one step, unless it has ended already."""
-        self._post(lambda: self._scheduler.cancel(request_id))
+        self._inbox.put(lambda: self._scheduler.cancel(request_id))
 
-    def warm(self, digests: tuple[Digest, ...]) -> Future[None]:
-        """Make adapters resident. The future raises the first thing that went wrong."""
+    def warm(self, digests: tuple[Digest, ...], tenant: str = "default") -> Future[None]:
+        """Make adapters resident, at the expense of `tenant`'s slots. The future raises the first thing that went wrong."""
         future: Future[None] = Future()
-        if not self._post(lambda: self._start_warming(digests, future)):
+        if not self._inbox.put(lambda: self._start_warming(digests, tenant, future)):
             future.set_exception(UnavailableError("the server is shutting down"))
         return future
+
+    def keep(self, adapter: Adapter) -> None:
+        """Have an adapter in host memory, so that the first request that names it waits for no disk."""
+        self._loading.keep(adapter)
 
     def unload(self, digest: Digest) -> bool:
         """Drop an adapter from device and host memory; false when it was not there or running requests still use it.
@@ -137,14 +148,18 @@ class Engine:
             except Exception as error:
                 future.set_exception(error)
 
-        return self._post(work) and future.result()
+        return self._inbox.put(work) and future.result()
 
     def residency(self, digest: Digest) -> tuple[str, str | None]:
         """(stored | loading | resident | failed, reason)."""
         return self._scheduler.residency.state(digest)
 
     def stats(self) -> EngineStats:
-        return self._stats
+        return replace(self._stats, last_step_age=self._pulse.age, waiting_of=self._admission.waiting())
+
+    def stalled(self, seconds: float) -> bool:
+        """Whether there is work, and the loop has not come round for so long. A load is no stall: it is not the loop's work."""
+        return self._pulse.late(seconds) and (self.pending > 0 or len(self._inbox) > 0)
 
     def step_times(self) -> StepTimes:
         """Where the last steps' time went."""
@@ -153,32 +168,21 @@ class Engine:
     @property
     def pending(self) -> int:
         """Accepted requests that have not ended yet."""
-        with self._wake:
-            return self._pending
-
-    def _post(self, work: Callable[[], None]) -> bool:
-        """Have the engine's thread do something between steps; false when it is stopping and will not."""
-        with self._wake:
-            if self._closing:
-                return False
-            self._inbox.append(work)
-            self._wake.notify()
-            return True
+        return self._admission.pending
 
     def _on_loaded(self, digest: Digest, result: Adapter | AdapterdError, seconds: float) -> None:
         """On a loader's thread."""
         loaded = result if isinstance(result, AdapterdError) else self._weighed(result)
         outcome = "failed" if isinstance(loaded, AdapterdError) else "loaded"
         self._observer.adapter_loaded(seconds, outcome)
-        self._post(lambda: self._take_loaded(digest, loaded))
+        self._inbox.put(lambda: self._take_loaded(digest, loaded))
 
     def _weighed(self, adapter: Adapter) -> tuple[Adapter, AdapterFacts] | AdapterdError:
         try:
             return adapter, replace(_facts(adapter), footprint=self._weigh(adapter))
         except Exception as error:  # as any adapter that cannot be loaded
-            failure = _failure("the adapter's load", error)
-            failure.__cause__ = None if failure is error else error
-            return failure
+            log.warning("adapter could not be weighed", digest=adapter.digest.short, exc_info=error)
+            return failure("the adapter's load", error)
 
     # -- the engine's thread: inbox ------------------------------------------------------------------------------
 
@@ -186,45 +190,27 @@ class Engine:
         try:
             self._scheduler.submit(request)
         except Exception as error:
-            self._tell([Event(request.id, finish=FinishReason.ERROR, error=_failure("the request", error))])
+            self._tell([Event(request.id, finish=FinishReason.ERROR, error=failure("the request", error))])
 
     def _take_loaded(self, digest: Digest, result: tuple[Adapter, AdapterFacts] | AdapterdError) -> None:
         if isinstance(result, AdapterdError):
-            log.warning("adapter could not be loaded", digest=digest.short, error=str(result), exc_info=result.__cause__)
             self._scheduler.residency.failed(digest, str(result))
             self._scheduler.fail_adapter(digest, result)
-            self._warmed(digest, result)
+            self._warming.told(digest, result)
             return
-        self._ready[digest], facts = result
+        adapter, facts = result
+        self._placing.loaded(digest, adapter)
         self._scheduler.residency.loaded(digest, facts)
 
-    def _start_warming(self, digests: tuple[Digest, ...], future: Future[None]) -> None:
-        if not future.set_running_or_notify_cancel():
-            return  # from here on it cannot be cancelled, so telling it cannot fail
-        missing = {d for d in digests if not self._scheduler.residency.is_resident(d)}
-        if not missing:
-            future.set_result(None)
-            return
-        self._warm.append((missing, future))
-        for digest in missing:
-            self._scheduler.warm(digest)
-
-    def _warmed(self, digest: Digest, error: AdapterdError | None = None) -> None:
-        """Tell those who wait for this adapter to become resident."""
-        for missing, future in [entry for entry in self._warm if digest in entry[0]]:
-            missing.discard(digest)
-            if error is not None:
-                future.set_exception(error)
-            elif not missing:
-                future.set_result(None)
-        self._warm = [(missing, future) for missing, future in self._warm if not future.done()]
+    def _start_warming(self, digests: tuple[Digest, ...], tenant: str, future: Future[None]) -> None:
+        missing = [digest for digest in digests if not self._scheduler.residency.is_resident(digest)]
+        if self._warming.add(missing, future):
+            for digest in missing:
+                self._scheduler.warm(digest, tenant)
 
     def _unload(self, digest: Digest) -> bool:
-        """What was computed from the adapter goes with it."""
         self._cache.discard(digest)
-        for derived in [each for each, sources in self._sources.items() if digest in sources]:
-            self._withdraw(derived)
-        return self._withdraw(digest)
+        return self._placing.unload(digest)
 
     # -- the engine's thread: steps ------------------------------------------------------------------------------
 
@@ -238,48 +224,46 @@ class Engine:
         `wait` is how many seconds to wait for work when there is none. Called by the engine's own thread, or by an
         embedder that has not called `start`.
         """
-        self.beat = time.monotonic()
-        with self._wake:
-            self._wake.wait_for(lambda: self._inbox or self._closing or self._has_work(), timeout=wait)
-            work, self._inbox = self._inbox, deque()
-            closing = self._closing
-        for job in work:
+        jobs, closed = self._inbox.take(wait, self._has_work)
+        for job in jobs:
             try:
                 job()
             except Exception:
                 log.exception("a message to the engine could not be handled")
-        if closing:
+        if closed:
             self._end_all()
             return False
         try:
             self._step()
         except Exception as error:  # a defect here must cost the requests it met, never the engine
             log.exception("the engine's step failed")
-            self._recover(_failure("the step", error))
+            self._broken = not self._recovered(failure("the step", error))
+        else:
+            self._broken = False
+        if not self._broken:  # otherwise the watchdog is to notice
+            self._pulse.beat()
         return True
 
     def _has_work(self) -> bool:
-        return self._progress or bool(self._scheduler.running)
+        return not self._broken and (self._progress or bool(self._scheduler.running))
 
     def _step(self) -> None:
         self._times.begin()
-        self._evict()
+        self._placing.clear_slots()
+        self._end_overdue()
         plan = self._scheduler.plan()
         self._times.mark("plan")
         for digest in plan.loads:
             self._loading.start(digest)
-        for change in plan.changes:
-            if isinstance(change, Fill) and not self._scheduler.residency.is_resident(change.digest):
-                continue  # its adapter could not be put
-            self._apply(change)
-        if len(self._ready) > len(self._scheduler.residency.loaded_only):
-            self._ready = {d: self._ready[d] for d in self._scheduler.residency.loaded_only}
+        self._placing.apply(plan.changes)
         rows = [row for row in plan.rows if row.sequence in self._scheduler.running]
         self._times.mark("apply")
         if rows:
             begun = time.monotonic()
-            self._run(rows)
+            self._passes.run(rows)
             self._observe(plan, time.monotonic() - begun)
+            self._pulse.stepped()
+            self._admission.begun([row.sequence.request.id for row in rows if row.sequence.request is not None])
         self._progress = bool(rows or plan.changes)
         self._snapshot()
         self._tell(self._scheduler.take_events())
@@ -289,91 +273,33 @@ class Engine:
         if self._scheduler.idle:
             self._check_leaks()
 
-    def _apply(self, change: Change) -> None:
-        if isinstance(change, Evict):
-            self._evict(change)
-            self._observer.evicted()
-            return
+    def _end_overdue(self) -> None:
+        for request_id, error in self._admission.overdue():
+            self._observer.refused(error.limit)
+            self._scheduler.fail(request_id, error)
+
+    def _recovered(self, error: AdapterdError) -> bool:
         try:
-            self._runner.apply([change], self._ready)
-        except Exception as error:
-            if isinstance(change, Copy):
-                raise
-            self._put_failed(change.digest, error)
-            return
-        if isinstance(change, Put):
-            adapter = self._ready.pop(change.digest)
-            self._families[change.digest] = frozenset(part.method for part in adapter.parts)
-            if adapter.sources:
-                self._sources[change.digest] = adapter.sources
-            self._warmed(change.digest)
-
-    def _evict(self, *more: Evict) -> None:
-        """Clear slots on the device. One that raises stays in line, and no step runs until it has been cleared."""
-        self._evictions.extend(more)
-        for change in more:
-            self._families.pop(change.digest, None)
-            self._sources.pop(change.digest, None)
-        while self._evictions:
-            self._runner.apply([self._evictions[0]], {})
-            self._evictions.popleft()
-
-    def _put_failed(self, digest: Digest, error: Exception) -> None:
-        """The device would not take an adapter (out of memory, say): only those who asked for it fail."""
-        log.error("adapter could not be put on the device", digest=digest.short, exc_info=error)
-        failure = GenerationError(f"the adapter could not be put on the device ({type(error).__name__})")
-        self._ready.pop(digest, None)
-        for sequence in [s for s in self._scheduler.running if digest in s.adapters]:
-            self._scheduler.fail_sequence(sequence, failure)
-        self._scheduler.fail_adapter(digest, failure)
-        self._withdraw(digest)
-        self._warmed(digest, failure)
-
-    def _withdraw(self, digest: Digest) -> bool:
-        """Take an adapter that nobody runs with off the device, its shared prefixes included."""
-        slots = self._scheduler.residency.unload(digest)
-        if slots is None:
+            self._recover(error)
+        except Exception:
+            log.exception("the engine could not recover from a failed step")
             return False
-        self._scheduler.forget(digest)
-        self._evict(Evict(digest, slots))
         return True
 
     def _recover(self, error: AdapterdError) -> None:
         """After a step that broke half way: who ran fails, and what was planned but never reached the device is undone."""
+        self._progress = False  # what keeps breaking is tried once per wait, not in a loop
         for sequence in list(self._scheduler.running):
             self._scheduler.fail_sequence(sequence, error)
-        for digest in self._scheduler.residency.resident:
-            self._scheduler.forget(digest)  # the blocks of its prefix may never have been written
-            if digest not in self._families:
-                self._scheduler.residency.unload(digest)  # there is nothing to clear
-                self._warmed(digest, error)
-        self._progress = False  # what keeps breaking is tried once per wait, not in a loop
+        self._placing.undo(error)
         self._snapshot()
         self._tell(self._scheduler.take_events())
 
-    def _run(self, rows: list[Row]) -> None:
-        """One forward pass; if it raises, the batch is halved until the culprit is alone, and only that one fails."""
-        try:
-            samples: dict[Sequence, Sample] = self._runner.run(rows)
-        except Exception as error:
-            if len(rows) > 1:
-                half = len(rows) // 2
-                self._run(rows[:half])
-                self._run(rows[half:])
-                return
-            log.exception("a step failed", adapters=[d.short for d in rows[0].sequence.adapters])
-            self._scheduler.fail_sequence(rows[0].sequence, _failure("the step", error))
-            return
-        guessed = sum(len(row.draft) for row in rows)
-        if guessed:
-            self._observer.speculated(guessed, sum(len(sample.more) for sample in samples.values()))
-        self._scheduler.advance(rows, samples)
-
     def _observe(self, plan: Plan, seconds: float) -> None:
         adapters = {digest for row in plan.rows for digest in row.sequence.adapters}
-        families = {family for digest in adapters for family in self._families.get(digest, ())}
+        families = len(self._placing.families(adapters))
         self._observer.observe_step(
-            rows=len(plan.rows), tokens=plan.tokens, adapters=len(adapters), families=len(families), seconds=seconds
+            rows=len(plan.rows), tokens=plan.tokens, adapters=len(adapters), families=families, seconds=seconds
         )
         for _ in range(plan.preempted):
             self._observer.preempted()
@@ -402,11 +328,10 @@ class Engine:
     def _tell(self, events: list[Event]) -> None:
         if not events:
             return
-        ended = [event.request_id for event in events if event.finish is not None]
-        for request_id in ended:
-            self._recipes.release(request_id)
-        with self._wake:
-            self._pending -= len(ended)
+        for event in events:
+            if event.finish is not None:
+                self._recipes.release(event.request_id)
+                self._admission.ended(event.request_id, event.computed_tokens)
         try:
             self._publish(events)
         except Exception:
@@ -423,8 +348,7 @@ class Engine:
         gone = UnavailableError("the server is shutting down")
         for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
             self._scheduler.fail_sequence(sequence, gone)
-        while self._warm:
-            self._warm.pop()[1].set_exception(gone)
+        self._warming.end(gone)
         self._tell(self._scheduler.take_events())
         self._snapshot()
 
@@ -437,8 +361,3 @@ def _facts(adapter: Adapter) -> AdapterFacts:
     ids = () if prefix.ids is None else tuple(prefix.ids.tolist())
     embedded = prefix.keys is None
     return replace(facts, virtual=prefix.length, embedded=embedded, shift=prefix.shift, ids=ids, tasks=prefix.tasks)
-
-
-def _failure(what: str, error: Exception) -> AdapterdError:
-    """What a client is told: its own error as it is, a defect by its type alone."""
-    return error if isinstance(error, AdapterdError) else GenerationError(f"{what} failed ({type(error).__name__})")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class Footprint:
 
     sites: Mapping[tuple[str, str], SiteBytes] = field(default_factory=dict)  # (pool, module)
     loose: int = 0  # what takes no slot: prefixes and heads
+
+    @cached_property
+    def single(self) -> int:
+        """Bytes of its own slots alone, whatever room there is beside them: what it counts for among others."""
+        return self.loose + sum(site.per_slot + site.own for site in self.sites.values())
 
     @property
     def alone(self) -> int:

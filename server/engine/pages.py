@@ -7,15 +7,19 @@ Block ids only: the tensors live in the runner. Never imports torch, knows no re
     keys       k0=h(seed,ids[0:16])  k1=h(k0,ids[16:32])   the third block is not full: no key, never shared
 
 A block is in exactly one state: free, held (by one or more holders), or idle (unheld, kept because its key may match).
+Blocks have an owner; when an idle one is to be reused, it is one of whoever has most blocks relative to its weight.
 Block 0 is the null block: always zero, never given out, safe to read for padding.
 """
 
 from __future__ import annotations
 
+import heapq
 from array import array
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import NamedTuple
 
 
 def chain_seed(*parts: str) -> bytes:
@@ -32,6 +36,26 @@ def chain_key(previous: bytes, ids: Sequence[int]) -> bytes:
     return blake2b(array("q", ids).tobytes(), digest_size=16, key=previous).digest()
 
 
+class Owner(NamedTuple):
+    """Whose a block is, and the weight of its claim to blocks."""
+
+    name: str = ""
+    weight: float = 1.0
+
+
+NOBODY = Owner()
+
+
+@dataclass
+class _Kept:
+    """One owner's blocks."""
+
+    name: str
+    weight: float
+    used: int = 0  # held and idle
+    idle: OrderedDict[int, None] = field(default_factory=OrderedDict)  # least recently used first
+
+
 class Pages:
     """The block allocator. Invariant (`check`): free + idle + held = all blocks but the null block."""
 
@@ -43,14 +67,31 @@ class Pages:
         self.total = blocks - 1
         self._free = list(range(blocks - 1, 0, -1))
         self._holders = [0] * blocks
-        self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._kept: dict[str, _Kept] = {}  # by owner; those that have any
+        self._idle = 0
         self._key_of: dict[int, bytes] = {}
+        self._keeper: dict[int, _Kept] = {}  # of blocks that are not free
         self._by_key: dict[bytes, int] = {}
 
     @property
     def available(self) -> int:
         """Blocks that `allocate` can give out now."""
-        return len(self._free) + len(self._idle)
+        return len(self._free) + self._idle
+
+    @property
+    def free(self) -> int:
+        """Blocks that hold nothing which could be used again."""
+        return len(self._free)
+
+    @property
+    def shares(self) -> Mapping[str, float]:
+        """Blocks of each owner that has any, held and idle, relative to its weight."""
+        return {name: kept.used / kept.weight for name, kept in self._kept.items()}
+
+    def idle(self, owner: str) -> int:
+        """Its blocks that could be reused."""
+        kept = self._kept.get(owner)
+        return 0 if kept is None else len(kept.idle)
 
     @property
     def used(self) -> int:
@@ -60,19 +101,33 @@ class Pages:
     def blocks_for(self, positions: int) -> int:
         return -(-positions // self.block_size)
 
-    def allocate(self, count: int) -> list[int] | None:
+    def allocate(self, count: int, owner: Owner = NOBODY) -> list[int] | None:
         """`count` blocks held once each, or None (and no change) when there are not that many."""
         if count > self.available:
             return None
-        blocks = [self._free.pop() if self._free else self._reclaim() for _ in range(count)]
+        if not count:
+            return []
+        kept = self._kept.setdefault(owner.name, _Kept(owner.name, owner.weight))
+        kept.weight = owner.weight
+        kept.used += count
+        if count > len(self._free):
+            self._reclaim(count - len(self._free))
+        blocks = [self._free.pop() for _ in range(count)]
         for block in blocks:
             self._holders[block] = 1
+            self._keeper[block] = kept
         return blocks
 
     def hold(self, block: int) -> None:
         """One more holder of a block that is held or idle."""
-        self._idle.pop(block, None)
+        if not self._holders[block]:
+            del self._keeper[block].idle[block]
+            self._idle -= 1
         self._holders[block] += 1
+
+    def is_shared(self, block: int) -> bool:
+        """Whether it has several holders."""
+        return self._holders[block] > 1
 
     def release(self, blocks: Iterable[int]) -> None:
         """One holder fewer. Keyed blocks become idle, the last of the sequence first in line for reuse."""
@@ -81,9 +136,10 @@ class Pages:
             if self._holders[block]:
                 continue
             if block in self._key_of:
-                self._idle[block] = None
+                self._keeper[block].idle[block] = None
+                self._idle += 1
             else:
-                self._free.append(block)
+                self._set_free(block)
 
     def publish(self, block: int, key: bytes) -> None:
         """Make a full, held block findable. An equal block that was published earlier stays the one found."""
@@ -105,13 +161,36 @@ class Pages:
     def check(self) -> None:
         """Raises: RuntimeError when a block is lost or counted twice."""
         held = {block for block, count in enumerate(self._holders) if count}
-        free, idle = set(self._free), set(self._idle)
+        free = set(self._free)
+        idle = {block for kept in self._kept.values() for block in kept.idle}
         if len(free) != len(self._free) or held & free or held & idle or free & idle:
             raise RuntimeError("a KV block is in two states")
         if len(held) + len(free) + len(idle) != self.total:
             raise RuntimeError("a KV block is lost")
+        if len(idle) != self._idle or Counter(kept.name for kept in self._keeper.values()) != self._counts():
+            raise RuntimeError("a KV block is counted for the wrong owner")
 
-    def _reclaim(self) -> int:
-        block, _ = self._idle.popitem(last=False)
-        del self._by_key[self._key_of.pop(block)]
-        return block
+    def _counts(self) -> dict[str, int]:
+        return {name: kept.used for name, kept in self._kept.items()}
+
+    def _set_free(self, block: int) -> None:
+        kept = self._keeper.pop(block)
+        kept.used -= 1
+        if not kept.used:
+            del self._kept[kept.name]
+        self._free.append(block)
+
+    def _reclaim(self, count: int) -> None:
+        """Make idle blocks free: each one the least recently used of the owner that has most. `count` of them exist."""
+        most = [(-kept.used / kept.weight, name) for name, kept in self._kept.items() if kept.idle]
+        heapq.heapify(most)
+        for _ in range(count):
+            kept = self._kept[most[0][1]]
+            block, _none = kept.idle.popitem(last=False)
+            self._idle -= 1
+            del self._by_key[self._key_of.pop(block)]
+            self._set_free(block)
+            if kept.idle:
+                heapq.heapreplace(most, (-kept.used / kept.weight, kept.name))
+            else:
+                heapq.heappop(most)

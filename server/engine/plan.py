@@ -36,10 +36,13 @@ class Sequence:
     keys: list[bytes] = field(default_factory=list)  # hash chain of full blocks, computed on demand
     published: int = 0  # leading blocks that are in the prefix cache
     cached: int = 0  # positions found in the prefix cache at first admission
-    passed: int = 0  # admissions that overtook it while no adapter slot was free
+    reached: int = 0  # positions that had been computed when it was preempted, at most
+    charged: int = 0  # prompt positions that its tenant was charged for
     scored: int = 0  # prompt tokens whose logprobs were reported, when asked for
     admitted_at: float = 0.0  # time.monotonic() of the first admission; 0 before
     started: bool = False  # its first token was sent
+    tenant: str = ""  # whose work it is
+    number: int = 0  # in order of arrival
     scores: list[tuple[float, ...]] = field(default_factory=list)  # so far, of a task that generates nothing
 
     @property
@@ -51,6 +54,12 @@ class Sequence:
     @property
     def generated(self) -> int:
         return len(self.ids) - self.prompt_end
+
+    @property
+    def computed(self) -> int:
+        """Positions of its prompt that were computed for it, neither shared nor found in the cache, and tokens generated."""
+        reached = self.prompt_end if self.generated else min(self.done, self.prompt_end)
+        return max(0, reached - self.virtual - self.cached) + self.generated
 
     @property
     def remaining(self) -> int:

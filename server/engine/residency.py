@@ -11,13 +11,16 @@ A pure state machine over digests; it moves no tensors and starts no loads (the 
 from __future__ import annotations
 
 import heapq
+import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from adapters_store.digest import Digest
 
+from ..tenancy.holdings import Held, Holder, Holdings
+from ..tenancy.policy import TenantPolicy
 from .footprint import Footprint, Ledger, together
 
 
@@ -47,6 +50,7 @@ class AdapterFacts:
 class _Resident:
     facts: AdapterFacts
     slots: dict[str, int]
+    holder: Holder  # who used it last
     refs: int = 0
 
 
@@ -98,14 +102,18 @@ class _Device:
         return _Device(heaps, self.ledger.copy())
 
 
+_Placing = tuple[Digest, frozenset[Digest], str]  # what, beside what, for whom
+RETRY: float = 1.0  # seconds after which a placement that failed is tried again whatever has happened
+
+
 class Residency:
     """At most `capacity` adapters, and `budget` bytes of them, resident.
 
-    Invariant: an adapter with refs > 0 is never evicted.
+    Invariant: an adapter with refs > 0 is never evicted. Whose adapters leave for whose is in `holdings`.
     """
 
-    def __init__(self, capacity: int, budget: int | None = None) -> None:
-        """`budget` in bytes of device memory; None sets no limit."""
+    def __init__(self, capacity: int, budget: int | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        """`budget` in bytes of device memory; None sets no limit. `clock` in seconds."""
         self.capacity = capacity
         self.budget = budget
         self._resident: OrderedDict[Digest, _Resident] = OrderedDict()  # least recently used first
@@ -113,7 +121,10 @@ class Residency:
         self._loaded: dict[Digest, AdapterFacts] = {}  # in host memory, waiting for a slot
         self._failed: OrderedDict[Digest, str] = OrderedDict()
         self._device = _Device()
-        self._stuck: set[tuple[Digest, frozenset[Digest]]] = set()  # placements known to fail until something is freed
+        self._clock = clock
+        self._holders: dict[str, Holder] = {}  # by tenant; those that hold something
+        self._stuck: set[_Placing] = set()  # placements known to fail until something is freed
+        self._stuck_until = 0.0  # or until time has made somebody idle
 
     @property
     def used(self) -> int:
@@ -183,25 +194,41 @@ class Residency:
         while len(self._failed) > 1000:
             self._failed.popitem(last=False)
 
-    def place(self, digest: Digest, keep: Iterable[Digest] = ()) -> Placement | None:
-        """Give a loaded adapter its slots, evicting the least recently used ones if need be.
+    def is_stuck(self, digest: Digest, keep: Iterable[Digest], tenant: str = "") -> bool:
+        """Whether the same placement has failed, and nothing has been freed since."""
+        return bool(self._stuck) and (digest, frozenset(keep), tenant) in self._stuck and self._clock() < self._stuck_until
+
+    def place(
+        self, digest: Digest, keep: Iterable[Digest] = (), tenant: str = "", policy: TenantPolicy | None = None
+    ) -> Placement | None:
+        """Give a loaded adapter its slots, evicting others if need be, in the order that `holdings` tells.
 
         Those in `keep` (the other adapters of the same request) are spared, unless only their high slots keep pools large
-        and nothing runs that could end: then they go too, and come back lower.
+        and nothing runs that could end: then they go too, and come back lower. `policy` None: the tenant's as it is known.
         None while the adapters that may be evicted are too few or too small.
         """
         kept = frozenset(keep)
-        if (digest, kept) in self._stuck:
+        if self.is_stuck(digest, kept, tenant):
             return None
-        victims = self._victims(self._loaded[digest], kept)
+        holder = self._holder(tenant, policy)
+        victims = self._victims(self._loaded[digest], kept, holder)
         if victims is None:
-            self._stuck.add((digest, kept))
+            self._stuck_until = self._clock() + RETRY
+            self._stuck.add((digest, kept, tenant))
             return None
         evicted = tuple((victim, self._remove(victim)) for victim in victims)
         facts = self._loaded.pop(digest)
         slots = self._device.take(facts)
-        self._resident[digest] = _Resident(facts, slots)
+        self._resident[digest] = _Resident(facts, slots, holder)
+        self._holders[tenant] = holder
         return Placement(slots, evicted)
+
+    def _holder(self, tenant: str, policy: TenantPolicy | None) -> Holder:
+        """Who asks now, so is not idle; the newest policy counts."""
+        holder = self._holders.get(tenant) or Holder(tenant)
+        holder.policy = policy or holder.policy
+        holder.used_at = self._clock()
+        return holder
 
     def needed(self, digests: Sequence[Digest]) -> int:
         """Bytes that available adapters take together, whichever of them comes first."""
@@ -209,26 +236,43 @@ class Residency:
         footprints = [facts.footprint for facts in found]
         return max(together(footprints), together(reversed(footprints)))
 
-    def _victims(self, facts: AdapterFacts, kept: frozenset[Digest]) -> list[Digest] | None:
-        """Who has to go, least recently used first, for an adapter to fit; None when it cannot now."""
-        if self._fits(self._device, len(self._resident), facts):
+    def _victims(self, facts: AdapterFacts, kept: frozenset[Digest], holder: Holder) -> list[Digest] | None:
+        """Who has to go for an adapter to fit; None when it cannot now."""
+        holdings = Holdings(self._held(), self.capacity, self.budget)
+        if not holdings.capped(holder) and self._fits(self._device, len(self._resident), facts):
             return []
         victims: list[Digest] = []
         device = self._device.copy()
-        for digest in self._evictable(kept):
+        for digest in self._evictable(facts, kept, holder, holdings):
             victims.append(digest)
             device.give_back(self._resident[digest])
-            if self._fits(device, len(self._resident) - len(victims), facts):
+            if not holdings.capped(holder) and self._fits(device, len(self._resident) - len(victims), facts):
                 return victims
         return None
 
-    def _evictable(self, kept: frozenset[Digest]) -> list[Digest]:
+    def _evictable(
+        self, facts: AdapterFacts, kept: frozenset[Digest], holder: Holder, holdings: Holdings[Digest]
+    ) -> Iterator[Digest]:
         """Those that nothing runs on and nobody keeps; behind them, where all could go, those that are kept."""
         unpinned = [digest for digest, entry in self._resident.items() if not entry.refs]
         kept_here = [digest for digest in unpinned if digest in kept]
         others = [digest for digest in unpinned if digest not in kept]
-        lower = len(unpinned) == len(self._resident) and len(kept_here) < self.capacity
-        return [*others, *kept_here] if lower else others
+        yield from holdings.order(others, holder, facts.footprint.single, self._clock())
+        if len(unpinned) == len(self._resident) and len(kept_here) < self.capacity:
+            for digest in kept_here:
+                holdings.remove(digest)
+                yield digest
+
+    def _held(self) -> dict[Digest, Held]:
+        return {d: Held(e.holder, e.facts.footprint.single, bool(e.refs)) for d, e in self._resident.items()}
+
+    def pinned_share(self, tenant: str) -> float:
+        """What a tenant's running sequences keep on the device: the larger of its shares of slots and bytes, by weight."""
+        holder = self._holders.get(tenant)
+        if holder is None:
+            return 0.0
+        pinned = {d: held for d, held in self._held().items() if held.pinned}
+        return Holdings(pinned, self.capacity, self.budget).share(holder)
 
     def _fits(self, device: _Device, used: int, facts: AdapterFacts) -> bool:
         return used < self.capacity and (self.budget is None or device.bytes_with(facts) <= self.budget)
@@ -237,16 +281,35 @@ class Residency:
         """Of a resident adapter."""
         return self._resident[digest].facts
 
-    def acquire(self, digests: Iterable[Digest]) -> None:
-        """Pin resident adapters for one sequence."""
+    def acquire(self, digests: Sequence[Digest], tenant: str = "", policy: TenantPolicy | None = None) -> None:
+        """Pin resident adapters for one sequence. One that nobody else runs is its tenant's from now on."""
+        if not digests:
+            return
+        holder = self._holder(tenant, policy)
         for digest in digests:
-            self._resident[digest].refs += 1
+            entry = self._resident[digest]
+            if not entry.refs and entry.holder is not holder and not self._capped(holder):
+                former, entry.holder = entry.holder, holder
+                self._holders[tenant] = holder
+                self._forget_holder(former)
+            entry.refs += 1
             self._resident.move_to_end(digest)
 
     def release(self, digests: Iterable[Digest]) -> None:
         for digest in digests:
-            self._resident[digest].refs -= 1
+            entry = self._resident[digest]
+            entry.refs -= 1
+            if not entry.refs:
+                entry.holder.used_at = self._clock()
         self._stuck.clear()
+
+    def _capped(self, holder: Holder) -> bool:
+        most = holder.policy.max_slots
+        return most is not None and sum(1 for entry in self._resident.values() if entry.holder is holder) >= most
+
+    def _forget_holder(self, holder: Holder) -> None:
+        if not any(entry.holder is holder for entry in self._resident.values()):
+            self._holders.pop(holder.tenant, None)
 
     def slots(self, digest: Digest) -> Mapping[str, int]:
         return self._resident[digest].slots
@@ -259,5 +322,6 @@ class Residency:
     def _remove(self, digest: Digest) -> Mapping[str, int]:
         entry = self._resident.pop(digest)
         self._device.give_back(entry)
+        self._forget_holder(entry.holder)
         self._stuck.clear()
         return entry.slots

@@ -43,6 +43,7 @@ class Scoring:
     def _take(self, event: Event) -> Scores:
         if event.queue_seconds is not None:
             self._client.metrics.queued(event.queue_seconds)
+            self.job.trail.waited(event.queue_seconds)
         if event.finish is not FinishReason.SCORED:
             error = event.error or UnavailableError("the server ended the request before it was complete")
             self._end(error.error_type, cancel=False)
@@ -60,7 +61,9 @@ class Scoring:
         metrics.finished(outcome)
         if outcome == "success":
             metrics.request_seconds(time.monotonic() - request.arrival)
-        metrics.tokens(request.tenant, self.job.adapters, len(request.prompt) if outcome == "success" else 0, 0)
+        prompt = len(request.prompt) if outcome == "success" else 0
+        metrics.tokens(request.tenant, self.job.adapters, prompt, 0)
+        self.job.trail.ran(outcome, prompt, 0, 0)
 
 
 async def score_all(client: EngineClient, jobs: Sequence[Job]) -> list[Scores]:

@@ -7,6 +7,7 @@ Owns the data shapes shared by all families. Knows no family by name, no model, 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -360,6 +361,11 @@ def check_shape(tensor: str, got: Tensor, want: tuple[int, ...]) -> None:
     """Raises: AdapterError naming the tensor, the shape the base needs and the shape it has."""
     if tuple(got.shape) != want:
         raise AdapterError(tensor, f"has shape {list(got.shape)}, the base model needs {list(want)}")
+
+
+def finite(value: Tensor) -> bool:
+    """Whether all of it is: its extremes say so, in one pass and without memory that grows with it; NaN is its own extreme."""
+    return not value.numel() or all(math.isfinite(extreme.item()) for extreme in value.aminmax())
 
 
 def site_shape(base: BaseShape, module: str, tensor: str, kinds: tuple[str, ...], *, head: bool = False) -> ModuleShape:

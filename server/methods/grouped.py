@@ -5,11 +5,13 @@ Owns device tensors with a leading slot axis. Knows no family's files, no model 
 
 from __future__ import annotations
 
+import math
+import mmap
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import cast
+from typing import Final, cast
 
 import torch
 from torch import Tensor
@@ -22,12 +24,21 @@ Groups = tuple[tuple[int, int, int], ...]
 LONG_GROUP = 4
 
 
+#: Slots for which a pool in host memory reserves addresses at once. Only pages that are written take memory, so that the pool
+#: grows without being copied in the middle of everybody's stream.
+RESERVED: Final = 64
+_PAGE: Final = 4096  # bytes; of a slot, from which that pays
+
+
 class Pool:
     """One tensor per slot, [slots, *shape]. Invariant: slot 0 and every slot not in use hold `identity`."""
 
     def __init__(self, shape: Sequence[int], identity: float, device: torch.device, dtype: torch.dtype) -> None:
         self.identity = identity
         self.tensor = torch.empty((0, *shape), device=device, dtype=dtype)
+        self._room = self.tensor  # [slots, *shape]: what `tensor` is the beginning of
+        paged = math.prod(shape) * dtype.itemsize >= _PAGE
+        self._reserves = paged and identity == 0 and device.type == "cpu"
 
     @property
     def nbytes(self) -> int:
@@ -38,12 +49,29 @@ class Pool:
         held = len(self.tensor)
         if capacity <= held:
             return
-        grown = self.tensor.new_full((max(capacity, 2 * held), *self.tensor.shape[1:]), self.identity)
-        grown[:held] = self.tensor
-        self.tensor = grown
+        capacity = max(capacity, 2 * held)
+        if capacity > len(self._room):
+            room = self._new_room(capacity)
+            room[:held] = self.tensor
+            self._room = room
+        self.tensor = self._room[:capacity]
+
+    def _new_room(self, capacity: int) -> Tensor:
+        size = self.tensor.shape[1:]
+        if not self._reserves:
+            return self.tensor.new_full((capacity, *size), self.identity)
+        return untouched_zeros((max(capacity, RESERVED), *size), self.tensor.dtype)
 
     def clear(self, slot: int) -> None:
         self.tensor[slot] = self.identity
+
+
+def untouched_zeros(size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A zero tensor in host memory whose pages take memory only once they are written."""
+    pages = mmap.mmap(-1, math.prod(size) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        pages.madvise(mmap.MADV_NOHUGEPAGE)  # one large page would hold many slots
+    return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(*size)
 
 
 class PooledOp(Op):

@@ -33,6 +33,7 @@ from .base import (
     Run,
     Tensors,
     check_shape,
+    finite,
     site_shape,
 )
 from .grouped import AddRows, Pool, RunsOp, split_of
@@ -159,11 +160,11 @@ def _matrix(module: str, side: str, tensors: Tensors) -> Tensor:
 
 
 def _scaled(name: str, tensor: Tensor, scale: float) -> Tensor:
-    """In fp32: a bf16 product would round what PEFT computes in fp32."""
-    scaled = tensor.float() * scale
-    if not bool(torch.isfinite(scaled).all()):
+    """In fp32: a bf16 product would round what PEFT computes in fp32. B lies in memory as pools hold it, transposed."""
+    scaled = tensor.t().contiguous().float() * scale
+    if not finite(scaled):
         raise AdapterError(name, f"overflows when multiplied by the LoRA scale {scale:g}")
-    return scaled
+    return scaled.t()
 
 
 class LoraOp(RunsOp):
@@ -207,10 +208,12 @@ class LoraOp(RunsOp):
             pool.grow(capacity)
 
     def put(self, slot: int, tensors: Tensors) -> None:
-        self.clear(slot)
         rank = tensors["A"].shape[0]
-        self.a.tensor[slot, :rank] = tensors["A"]
-        self.b.tensor[slot, :rank] = tensors["B"].T
+        for pool, own in ((self.a, tensors["A"]), (self.b, tensors["B"].T)):
+            pool.tensor[slot, :rank] = own
+            pool.tensor[slot, rank:] = 0
+        if self.bias is not None:
+            self.bias.clear(slot)
         if "bias" in tensors:
             self._bias_pool().tensor[slot] = tensors["bias"]
         self._held.add(slot)

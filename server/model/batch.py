@@ -126,6 +126,15 @@ class BatchBuilder:
         self._composition = []
         self._known.clear()
 
+    def forget_slots(self, slots: Mapping[str, int]) -> None:
+        """These slots (pool -> slot) changed hands: compositions that name one of them are stale, others are not."""
+        changed = slots.items()
+        self._known = OrderedDict(
+            (key, known) for key, known in self._known.items() if not any(slot in changed for held, *_ in key for slot in held)
+        )
+        if any(changed & held.items() for held, *_ in self._composition):
+            self._composition = []
+
     def _fill_tokens(
         self, rows: Sequence[Row], starts: NDArray[np.int64], counts: NDArray[np.int64], begins: Sequence[int]
     ) -> None:

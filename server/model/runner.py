@@ -7,7 +7,8 @@ but the device, and is called from one thread only.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -106,21 +107,32 @@ class Runner:
                             cache[:, target] = cache[:, source]
 
     def _put(self, adapter: Adapter, slots: Mapping[str, int]) -> None:
-        self._batch.forget_composition()
-        for part in adapter.parts:
-            if part.pool is not None:
-                self.sites.put(part, slots[part.pool])
-            if part.prefix is not None:
-                self._prefixes[adapter.digest] = part.prefix
-            if part.head is not None:
-                self._readout.put(adapter.digest, part.head)
+        with self._changing(slots):
+            for part in adapter.parts:
+                if part.pool is not None:
+                    self.sites.put(part, slots[part.pool])
+                if part.prefix is not None:
+                    self._prefixes[adapter.digest] = part.prefix
+                if part.head is not None:
+                    self._readout.put(adapter.digest, part.head)
 
     def _evict(self, digest: Digest, slots: Mapping[str, int]) -> None:
-        self._batch.forget_composition()
-        for pool, slot in slots.items():
-            self.sites.clear(pool, slot)
-        self._prefixes.pop(digest, None)
-        self._readout.clear(digest)
+        with self._changing(slots):
+            for pool, slot in slots.items():
+                self.sites.clear(pool, slot)
+            self._prefixes.pop(digest, None)
+            self._readout.clear(digest)
+
+    @contextmanager
+    def _changing(self, slots: Mapping[str, int]) -> Iterator[None]:
+        """What was prepared for rows in other slots stays, unless an op came or went or moved its memory."""
+        version = self.sites.version
+        self._batch.forget_slots(slots)
+        try:
+            yield
+        finally:
+            if self.sites.version != version:
+                self._batch.forget_composition()
 
     def _fill(self, prefix: Prefix, blocks: Sequence[int]) -> None:
         """Write stored K/V [layers, N, kv_heads, head_dim] into blocks that start at position 0."""
@@ -132,6 +144,12 @@ class Runner:
                 padded = torch.zeros((len(blocks) * cache.shape[2], *cache.shape[3:]), device=cache.device, dtype=cache.dtype)
                 padded[: prefix.length] = stored[layer].to(cache)
                 cache[half][at] = padded.view(len(blocks), *cache.shape[2:])
+
+    def release_memory(self) -> None:
+        """Let go of what is kept for speed alone: weights gathered for a composition, and the allocator's free blocks."""
+        self._batch.forget_composition()
+        if self.base.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def scratch_blocks(self, positions: int) -> list[int]:
         """Blocks for a sequence of so many positions that nobody waits for, while nothing else runs: always the same ones."""

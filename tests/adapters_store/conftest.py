@@ -13,6 +13,8 @@ import pytest
 from adapters_store.records import AdapterRecord
 from adapters_store.store import Store
 
+from .places import FAST, SLOW, Place, new_place
+
 
 class HandClock:
     """Real time, ahead by what it was advanced; no two readings are equal, so no two records have the same age."""
@@ -53,9 +55,29 @@ def clock() -> HandClock:
     return HandClock()
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A module that says `EVERYWHERE = True` has its tests run on every kind of place; `files_only` excepts a test."""
+    if "place" in metafunc.fixturenames and getattr(metafunc.module, "EVERYWHERE", False):
+        slow = [pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW]
+        kinds = [FAST[0]] if "files_only" in metafunc.fixturenames else [*FAST, *slow]
+        metafunc.parametrize("place", kinds, indirect=True)
+
+
 @pytest.fixture
-def store(root: Path, clock: HandClock) -> Iterator[Store]:
-    with Store.open(root, clock=clock) as opened:
+def files_only() -> None:
+    """For tests of what only files do."""
+
+
+@pytest.fixture
+def place(root: Path, request: pytest.FixtureRequest) -> Place:
+    """Where `store` is: a directory, unless the module's tests run everywhere."""
+    kind = getattr(request, "param", FAST[0])
+    return new_place(kind, root, lambda: request.getfixturevalue("postgresql"), lambda: request.getfixturevalue("s3"))
+
+
+@pytest.fixture
+def store(place: Place, clock: HandClock) -> Iterator[Store]:
+    with place.open(clock=clock) as opened:
         yield opened
 
 
@@ -79,6 +101,6 @@ def content() -> Callable[[Store, AdapterRecord], dict[str, bytes]]:
 
 
 @pytest.fixture
-def blob_files(root: Path) -> Callable[[], int]:
-    """How many blobs lie on the disk, referenced or not."""
-    return lambda: sum(path.is_file() for path in (root / "blobs").rglob("*"))
+def blob_files(store: Store) -> Callable[[], int]:
+    """How many blobs there are, referenced or not."""
+    return lambda: len(list(store._blobs))

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from adapters_store import disk
-from adapters_store.blobs import Draft, FileBlobs
+from adapters_store.blobs import FileBlobs
 from adapters_store.digest import Digest
+from adapters_store.drafts import Draft
 from adapters_store.errors import Corrupt, Unavailable
 
 

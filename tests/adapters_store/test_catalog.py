@@ -7,8 +7,9 @@ import pytest
 from sqlalchemy import ClauseElement, Select, event
 from sqlalchemy.dialects import postgresql
 
-from adapters_store import catalog as module
-from adapters_store.catalog import MAX_VERSION, Catalog, file_url
+from adapters_store import database as module
+from adapters_store.catalog import MAX_VERSION, Catalog
+from adapters_store.database import file_url, postgresql_url
 from adapters_store.digest import Digest
 from adapters_store.errors import NotFound, Unavailable
 from adapters_store.records import AdapterRecord
@@ -16,9 +17,25 @@ from adapters_store.records import AdapterRecord
 Add = Callable[..., tuple[AdapterRecord, bool]]
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every test runs on both databases, but for those of what only SQLite does."""
+    if "catalog" in metafunc.fixturenames:
+        postgresql = [] if "sqlite_only" in metafunc.fixturenames else [pytest.param("postgresql", marks=pytest.mark.slow)]
+        metafunc.parametrize("catalog", ["sqlite", *postgresql], indirect=True)
+
+
 @pytest.fixture
-def catalog(tmp_path: Path, clock: Callable[..., object]) -> Iterator[Catalog]:
-    opened = Catalog(file_url(tmp_path / "catalog.sqlite3"), clock)
+def sqlite_only() -> None:
+    pass
+
+
+@pytest.fixture
+def catalog(tmp_path: Path, clock: Callable[..., object], request: pytest.FixtureRequest) -> Iterator[Catalog]:
+    if request.param == "sqlite":
+        url = file_url(tmp_path / "catalog.sqlite3")
+    else:
+        url = postgresql_url(request.getfixturevalue("postgresql").database())
+    opened = Catalog(url, clock)
     yield opened
     opened.close()
 
@@ -41,6 +58,7 @@ def add(catalog: Catalog) -> Add:
     return _add
 
 
+@pytest.mark.usefixtures("sqlite_only")
 def test_every_connection_is_durable_and_checked(catalog: Catalog) -> None:
     with catalog._read() as first, catalog._read() as second:
         for db in (first, second):
@@ -74,6 +92,7 @@ def test_a_failed_transaction_changes_nothing(catalog: Catalog, add: Add) -> Non
     assert add("other", "three")[0].version == 1
 
 
+@pytest.mark.usefixtures("sqlite_only")
 def test_a_writer_that_waits_too_long_is_unavailable(
     catalog: Catalog, add: Add, tmp_path: Path, clock: Callable[..., object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,6 +105,7 @@ def test_a_writer_that_waits_too_long_is_unavailable(
     impatient.close()
 
 
+@pytest.mark.usefixtures("sqlite_only")
 def test_a_full_database_is_unavailable_and_stays_as_it_was(catalog: Catalog, add: Add) -> None:
     kept = add("support", "one")[0]
 
@@ -96,7 +116,7 @@ def test_a_full_database_is_unavailable_and_stays_as_it_was(catalog: Catalog, ad
         for number in itertools.count():
             add(f"adapter-{number}", "two")
 
-    event.listen(catalog._engine, "checkout", no_growth)
+    event.listen(catalog._database.engine, "checkout", no_growth)
     with pytest.raises(Unavailable, match="full"):
         fill()
     before = catalog.count(None)
@@ -124,7 +144,7 @@ def test_collect_forgets_only_what_was_deleted_long_enough_ago(catalog: Catalog,
     catalog.collect(catalog._clock())
     assert not catalog.knows(second.digest)
     assert catalog.knows(first.digest)  # the other name has the same content
-    assert catalog.needed() == {first.digest, Digest.of(b"blob of one")}
+    assert catalog.needed(catalog._clock()) == {first.digest, Digest.of(b"blob of one")}
 
 
 def test_dependents_are_the_live_versions(catalog: Catalog, add: Add) -> None:
@@ -137,9 +157,10 @@ def test_dependents_are_the_live_versions(catalog: Catalog, add: Add) -> None:
     assert catalog.dependents() == {digest: keys, Digest.of(b"blob of one"): keys}
 
 
+@pytest.mark.usefixtures("sqlite_only")
 def test_a_page_is_read_from_the_index_by_age(catalog: Catalog, add: Add) -> None:
     statements: list[tuple[str, object]] = []
-    event.listen(catalog._engine, "before_cursor_execute", lambda c, cu, sql, p, *_: statements.append((sql, p)))
+    event.listen(catalog._database.engine, "before_cursor_execute", lambda c, cu, sql, p, *_: statements.append((sql, p)))
     record = add("support", "one")[0]
     catalog.list("acme", 10, (record.created_at, "x"))
     sql, values = statements[-1]
@@ -157,6 +178,6 @@ def test_publishing_locks_the_name_where_there_can_be_two_writers(catalog: Catal
         if isinstance(statement, Select):
             seen.append(str(statement.compile(dialect=postgresql.dialect())))
 
-    event.listen(catalog._engine, "before_execute", compiled)
+    event.listen(catalog._database.engine, "before_execute", compiled)
     add("support", "one")
     assert any(sql.endswith("FOR UPDATE") and "FROM adapters" in sql for sql in seen)

@@ -1,11 +1,10 @@
-"""Many threads, two stores on one directory: what each of them was told stays true for all."""
+"""Many threads, two stores at one place: what each of them was told stays true for all."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TypeVar
 
 import pytest
@@ -14,17 +13,20 @@ from adapters_store.errors import NotFound
 from adapters_store.records import AdapterRecord
 from adapters_store.store import Store
 
+from .places import Place
+
 Upload = Callable[..., tuple[AdapterRecord, bool]]
 
+EVERYWHERE = True
 THREADS = 8
 S = TypeVar("S")
 T = TypeVar("T")
 
 
 @pytest.fixture
-def stores(store: Store, root: Path) -> Iterator[list[Store]]:
+def stores(store: Store, place: Place) -> Iterator[list[Store]]:
     """One store object per thread, two in all."""
-    with Store.open(root) as second:
+    with place.open() as second:
         yield [store, second] * (THREADS // 2)
 
 
@@ -91,21 +93,21 @@ def test_a_delete_that_races_is_won_once(stores: list[Store], upload: Upload) ->
         assert at_once(work, stores).count(True) == 1
 
 
-def test_opening_a_new_directory_from_many_threads_gives_one_store(root: Path, upload: Upload) -> None:
+def test_opening_a_new_place_from_many_threads_gives_one_store(place: Place, upload: Upload) -> None:
     def work(thread: int, _: None) -> AdapterRecord:
-        with Store.open(root) as store:
+        with place.open() as store:
             return upload(store, "acme", f"adapter-{thread}", a=b"1")[0]
 
     records = at_once(work, [None] * THREADS)
-    with Store.open(root) as store:
+    with place.open() as store:
         assert {record.name for record in records} == {record.name for record in store.list("acme")[0]}
         assert store.count() == THREADS
 
 
-def test_stores_opened_and_closed_beside_each_other_do_not_meet(store: Store, root: Path) -> None:
+def test_stores_opened_and_closed_beside_each_other_do_not_meet(store: Store, place: Place) -> None:
     def work(_: int, __: None) -> None:
         for _ in range(10):
-            Store.open(root).close()
+            place.open().close()
 
     at_once(work, [None] * THREADS)
     assert store.gc(0).uploads == 0

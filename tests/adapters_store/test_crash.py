@@ -3,72 +3,56 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import adapters_store
-from adapters_store.records import AdapterRecord
-from adapters_store.store import Store
 
-Content = Callable[[Store, AdapterRecord], dict[str, bytes]]
+from .kill_at import NAMES
 
-PUBLISHING = {f"{when} {call}" for when in ("before", "after") for call in ("create", "write", "sync", "move")}
+CALLS = ("create", "write", "sync", "make_directory", "move")
+PUBLISHING = {f"{when} {call}" for when in ("before", "after") for call in CALLS}
+SYNCING = {"before sync_directory", "after sync_directory"}
+REMOVING = {"before remove", "after remove"}
 TRANSACTION = {"in transaction", "before commit", "after transaction"}
 
 
-def kill_everywhere(action: str, directory: Path) -> list[str]:
-    script = Path(__file__).with_name("kill_at.py")
-    environment = {**os.environ, "PYTHONPATH": str(Path(adapters_store.__file__).parents[1])}
+def ran(module: str, *arguments: str) -> dict[str, int]:
+    """What a script of these tests prints; it ends with status 0 only if all it looked at was well."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(script), action, str(directory)],
-        env=environment, capture_output=True, text=True, timeout=300, check=False,
+        [sys.executable, "-W", "error", "-m", f"tests.adapters_store.{module}", *arguments],
+        cwd=Path(adapters_store.__file__).parents[1], capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    found: dict[str, int] = json.loads(done.stdout)
+    return found
 
 
 @pytest.mark.parametrize(
-    ("action", "must_pass"),
+    ("change", "passes"),
     [
-        ("publish", PUBLISHING | TRANSACTION | {"before sync_directory", "after sync_directory"}),
+        pytest.param("publish", PUBLISHING | SYNCING | REMOVING | TRANSACTION, marks=pytest.mark.slow),
         ("delete", TRANSACTION),
-        ("collect", TRANSACTION | {"before remove", "after remove"}),
+        ("bind", TRANSACTION),
+        ("unbind", TRANSACTION),
+        ("collect", TRANSACTION | REMOVING),
+        pytest.param("import", PUBLISHING | SYNCING | REMOVING | TRANSACTION, marks=pytest.mark.slow),
     ],
 )
-def test_killed_at_any_point_the_store_is_whole(action: str, must_pass: set[str], directory: Path, content: Content) -> None:
-    points = kill_everywhere(action, directory)
-    assert must_pass <= set(points)
-    for number, point in enumerate(points):
-        root = directory / str(number)
-        with Store.open(root) as store:
-            records = store.versions("acme", "support") if store.count("acme") else ()
-            for record in records:
-                weights = b"weights of version %d" % record.version
-                assert content(store, record) == {"config": b"shared by every version", "weights": weights}, point
-            assert [record.version for record in records] == expected(action, "before commit" in points[:number]), point
-            assert store.verify() == (), point
-            assert len(list((root / "staging").iterdir())) == 1, point  # this store's own
-            works_on(store, root, content)
+def test_killed_at_every_point_of_a_change_the_store_is_whole(change: str, passes: set[str]) -> None:
+    assert passes <= set(ran("kill_at", "every", change))
 
 
-def expected(action: str, committed: bool) -> list[int]:
-    """Version numbers, newest first."""
-    return {"publish": ([1], [2, 1]), "delete": ([1], []), "collect": ([], [])}[action][committed]
+@pytest.mark.slow
+def test_killed_at_each_named_point_20_times_the_store_is_whole() -> None:
+    assert ran("kill_at", "named", "20") == dict.fromkeys(NAMES, 20)
 
 
-def works_on(store: Store, root: Path, content: Content) -> None:
-    """After the crash: a new version can be published, and collecting leaves exactly what its files need."""
-    with store.stage() as staged:
-        staged.write("weights", [b"new"])
-        record, created = store.publish(staged, tenant="acme", name="support", method="lora", parts=(), details={})
-    assert created
-    for older in store.versions("acme", "support")[1:]:
-        store.delete("acme", "support", older.version)
-    store.gc(0)
-    assert content(store, record) == {"weights": b"new"}
-    assert sum(path.is_file() for path in (root / "blobs").rglob("*")) == 2
+@pytest.mark.slow
+def test_killed_200_times_at_random_the_store_is_whole() -> None:
+    found = ran("kill_loop", "200")
+    assert found["changes"] > 200
+    assert found["hits"] > 100

@@ -1,4 +1,3 @@
-import sqlite3
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
@@ -6,20 +5,11 @@ import pytest
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.schema import CreateTable
 
-from adapters_store.catalog import Catalog, file_url
-from adapters_store.errors import Conflict, Corrupt
-from adapters_store.schema import SCHEMA_VERSION, UtcTime, metadata
+from adapters_store.catalog import Catalog
+from adapters_store.database import file_url
+from adapters_store.errors import Corrupt
+from adapters_store.schema import UtcTime, metadata
 from adapters_store.store import Store, utc_now
-
-
-def test_a_newer_schema_is_refused_by_both_numbers(root: Path) -> None:
-    Store.open(root).close()
-    with sqlite3.connect(root / "catalog.sqlite3") as db:
-        db.execute("UPDATE schema SET version = ?", [SCHEMA_VERSION + 1])
-    db.close()
-    with pytest.raises(Conflict, match=f"schema version {SCHEMA_VERSION + 1}.* reads versions up to {SCHEMA_VERSION}"):
-        Store.open(root)
-    assert list((root / "staging").iterdir()) == []
 
 
 def test_a_file_that_is_no_database_is_corrupt(root: Path) -> None:

@@ -78,7 +78,7 @@ def test_a_caller_that_ignores_a_failed_write_cannot_publish(store: Store) -> No
             with pytest.raises(TooLarge):
                 file.write(b"5")
         with pytest.raises(Conflict, match="is broken"):
-            staged.seal()
+            staged.seal("acme")
 
 
 def test_file_names_are_checked_and_used_once(store: Store) -> None:
@@ -96,7 +96,7 @@ def test_one_file_at_a_time(store: Store) -> None:
         with pytest.raises(Conflict, match="is receiving a file"):
             staged.write("b", [b""])
         with pytest.raises(Conflict, match="is receiving a file"):
-            staged.seal()
+            staged.seal("acme")
 
 
 def test_a_file_ends_with_its_block(store: Store) -> None:
@@ -120,7 +120,7 @@ def test_the_number_of_files_is_limited(store: Store) -> None:
 
 def test_an_upload_needs_a_file(store: Store) -> None:
     with store.stage() as staged, pytest.raises(Invalid, match="at least one file"):
-        staged.seal()
+        staged.seal("acme")
 
 
 def test_a_failing_disk_is_unavailable(store: Store, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,7 @@ def test_discarding_never_hides_the_result(store: Store, monkeypatch: pytest.Mon
 
 
 def test_staged_needs_no_store(tmp_path: Path) -> None:
-    from adapters_store.blobs import Draft
+    from adapters_store.drafts import Draft
 
     with Staged(lambda: Draft(tmp_path / "draft")) as staged:
         staged.write("a", [b"1"])

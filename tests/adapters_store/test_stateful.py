@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from adapters_store.digest import Digest
 from adapters_store.errors import NotFound
 from adapters_store.store import Store
 
 from .conftest import HandClock, in_memory
+from .places import FAST, SLOW, Place, new_place
 
 tenants = st.sampled_from(["acme", "zeta"])
 names = st.sampled_from(["support", "org/sales", "x"])
@@ -31,17 +33,26 @@ class Version(NamedTuple):
     order: int  # of publication, over all names
 
 
+class Content(NamedTuple):
+    tenant: str
+    files: dict[str, bytes]
+
+
 class StoreMachine(RuleBasedStateMachine):
+    def __init__(self, new: Callable[[Path], Place]) -> None:
+        super().__init__()
+        self.new = new
+
     @initialize()
     def start(self) -> None:
-        self.root = Path(tempfile.mkdtemp(dir=in_memory()))
+        self.place = self.new(Path(tempfile.mkdtemp(dir=in_memory())))
         self.clock = HandClock()
-        self.stores = [Store.open(self.root, clock=self.clock) for _ in range(2)]
+        self.stores = [self.place.open(clock=self.clock) for _ in range(2)]
         self.live: dict[tuple[str, str], list[Version]] = {}  # newest last
         self.last: dict[tuple[str, str], int] = {}
         self.bound: dict[tuple[str, str], str] = {}
         self.published = 0
-        self.digests: dict[Digest, dict[str, bytes]] = {}
+        self.digests: dict[Digest, Content] = {}
         self.touched = ("acme", "x")  # what the last rule changed
 
     def teardown(self) -> None:
@@ -49,7 +60,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.store.verify() == ()
         for store in self.stores:
             store.close()
-        shutil.rmtree(self.root)
+        shutil.rmtree(self.place.root)
 
     @property
     def store(self) -> Store:
@@ -72,7 +83,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.last[key] = self.last.get(key, 0) + 1
             history.append(Version(self.last[key], files, self.published))
         assert record.version == history[-1].number
-        assert self.digests.setdefault(record.digest, files) == files
+        assert self.digests.setdefault(record.digest, Content(tenant, files)) == (tenant, files)
 
     @rule(tenant=tenants, files=contents)
     def abandon(self, tenant: str, files: dict[str, bytes]) -> None:
@@ -115,8 +126,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.gc(grace)
         self.check_files()
         if grace == 0:
-            needed = {digest for digest in self.digests if self.is_live(self.digests[digest])}
-            blobs = {Digest.of(data) for digest in needed for data in self.digests[digest].values()}
+            needed = {digest for digest in self.digests if self.is_live(digest)}
+            blobs = {Digest.of(data) for digest in needed for data in self.digests[digest].files.values()}
             assert set(self.store._blobs) == needed | blobs
 
     @rule(seconds=st.sampled_from([1, 99, 1000]))
@@ -126,7 +137,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     def reopen(self) -> None:
         self.stores[0].close()
-        self.stores[0] = Store.open(self.root, clock=self.clock)
+        self.stores[0] = self.place.open(clock=self.clock)
 
     @invariant()
     def both_stores_answer_as_the_model_does(self) -> None:
@@ -137,7 +148,7 @@ class StoreMachine(RuleBasedStateMachine):
                 self.store.get(tenant, name)
         else:
             found = self.store.versions(tenant, name)
-            assert [(r.version, self.digests[r.digest]) for r in found] == [(v.number, v.files) for v in history]
+            assert [(r.version, self.digests[r.digest].files) for r in found] == [(v.number, v.files) for v in history]
             assert self.store.get(tenant, name) == found[0]
         newest = sorted((h[-1].order, name) for (owner, name), h in self.live.items() if owner == tenant and h)
         assert self.walk(tenant) == [name for _, name in reversed(newest)]
@@ -147,11 +158,11 @@ class StoreMachine(RuleBasedStateMachine):
 
     def check_files(self) -> None:
         """What is live reads as it was uploaded; what is not may still be there, whole, or be gone."""
-        for digest, files in self.digests.items():
+        for digest, content in self.digests.items():
             try:
-                assert {name: path.read_bytes() for name, path in self.store.files(digest).items()} == files
+                assert {name: path.read_bytes() for name, path in self.store.files(digest).items()} == content.files
             except NotFound:
-                assert not self.is_live(files)
+                assert not self.is_live(digest)
 
     def walk(self, tenant: str) -> list[str]:
         """All names, two per page."""
@@ -162,11 +173,17 @@ class StoreMachine(RuleBasedStateMachine):
             if cursor is None:
                 return found
 
-    def is_live(self, files: dict[str, bytes]) -> bool:
-        return any(version.files == files for history in self.live.values() for version in history)
+    def is_live(self, digest: Digest) -> bool:
+        tenant, files = self.digests[digest]
+        return any(version.files == files for (owner, _), held in self.live.items() if owner == tenant for version in held)
 
 
-StoreMachine.TestCase.settings = settings(
-    max_examples=12, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
-)
-test_store_against_a_dict = StoreMachine.TestCase
+@pytest.mark.parametrize("kind", [*FAST, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)])
+def test_store_against_a_dict(kind: str, request: pytest.FixtureRequest) -> None:
+    def new(root: Path) -> Place:
+        return new_place(kind, root, lambda: request.getfixturevalue("postgresql"), lambda: request.getfixturevalue("s3"))
+
+    run_state_machine_as_test(
+        lambda: StoreMachine(new),
+        settings=settings(max_examples=12, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)),
+    )

@@ -100,7 +100,7 @@ class FakeEngine:
         if known is not None:
             self.publish([Event(request_id, finish=FinishReason.CANCELLED)])
 
-    def warm(self, digests: tuple[Digest, ...]) -> Future[None]:
+    def warm(self, digests: tuple[Digest, ...], tenant: str = "default") -> Future[None]:
         future: Future[None] = Future()
         if self.failure is not None:
             self.resident |= dict.fromkeys(digests, ("failed", str(self.failure)))

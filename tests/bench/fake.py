@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
@@ -13,6 +14,8 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+
+from .streaming import Streaming
 
 HIDDEN, LAYERS, WIDE = 16, 2, 32
 
@@ -60,7 +63,10 @@ INFO: dict[str, Any] = {
 
 @dataclass
 class FakeServer:
-    """Generates token 7 for everything. `refuse` maps an adapter's number to what its requests get instead."""
+    """Generates token 7 for everything. `refuse` maps an adapter's number to what its requests get instead.
+
+    With `keys`, a request needs one of them; `root` may make tenants and further keys.
+    """
 
     refuse: dict[int, Response | str] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=lambda: dict(INFO))
@@ -68,17 +74,32 @@ class FakeServer:
     deleted: list[str] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
+    owners: list[str] = field(default_factory=list)  # the tenant behind each of `requests`
+    keys: dict[str, str] = field(default_factory=dict)  # key -> tenant
+    tenants: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> policy
+    removed: list[str] = field(default_factory=list)  # tenants
+    states: dict[str, str] = field(default_factory=dict)  # adapter -> what an unload leaves it in
+    loads: list[str] = field(default_factory=list)
+    asked_again: list[dict[str, Any]] = field(default_factory=list)  # what came to /generate
+    again: int = 7  # the token that /generate gives
+    pace: float = 0.0  # seconds before each token
 
     @property
-    def transport(self) -> httpx.ASGITransport:
-        return httpx.ASGITransport(
+    def transport(self) -> httpx.AsyncBaseTransport:
+        return Streaming(
             Starlette(
                 routes=[
                     Route("/info", self._info),
                     Route("/metrics", self._metrics),
                     Route("/tokenize", self._tokenize, methods=["POST"]),
                     Route("/adapters", self._upload, methods=["POST"]),
+                    Route("/adapters", self._list),
                     Route("/adapters/{name}", self._delete, methods=["DELETE"]),
+                    Route("/adapters/{name}/load", self._load, methods=["POST"]),
+                    Route("/adapters/{name}/unload", self._unload, methods=["POST"]),
+                    Route("/generate", self._answer, methods=["POST"]),
+                    Route("/admin/tenants/{name}", self._tenant, methods=["PUT", "DELETE"]),
+                    Route("/admin/keys", self._key, methods=["POST"]),
                     Route("/generate_stream", self._generate, methods=["POST"]),
                 ]
             )
@@ -107,6 +128,11 @@ adapterd_step_distinct_adapters_bucket{{le="4.0"}} {steps}
 adapterd_step_distinct_adapters_bucket{{le="+Inf"}} {steps}
 adapterd_step_distinct_adapters_count {steps}
 adapterd_step_distinct_adapters_sum {3 * steps}
+# TYPE adapterd_step_seconds histogram
+adapterd_step_seconds_count {steps}
+adapterd_step_seconds_sum {0.02 * steps}
+# TYPE adapterd_running gauge
+adapterd_running 0
 """
         )
 
@@ -126,19 +152,60 @@ adapterd_step_distinct_adapters_sum {3 * steps}
         self.deleted.append(request.path_params["name"])
         return Response(status_code=204)
 
+    async def _list(self, request: Request) -> Response:
+        """Three to a page."""
+        names = [name for name in self.adapters if name not in self.deleted]
+        at = int(request.query_params.get("cursor", 0))
+        following = str(at + 3) if at + 3 < len(names) else None
+        return JSONResponse({"adapters": [{"adapter_id": name} for name in names[at : at + 3]], "next_cursor": following})
+
+    async def _load(self, request: Request) -> Response:
+        self.loads.append(request.path_params["name"])
+        return JSONResponse({"state": "resident"})
+
+    async def _unload(self, request: Request) -> Response:
+        return JSONResponse({"state": self.states.get(request.path_params["name"], "stored")})
+
+    async def _answer(self, request: Request) -> Response:
+        """The base answers 8."""
+        self.asked_again.append(await request.json())
+        parameters = self.asked_again[-1]["parameters"]
+        token = self.again if parameters.get("adapter_id") else 8
+        return JSONResponse({"details": {"tokens": [{"id": token}] * parameters["max_new_tokens"]}})
+
+    async def _tenant(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if self._caller(request) != "root":
+            return JSONResponse({"error": "this needs the admin scope", "error_type": "forbidden"}, 403)
+        if request.method == "DELETE":
+            self.removed.append(name)
+            return Response(status_code=204)
+        self.tenants[name] = await request.json()
+        return JSONResponse({})
+
+    async def _key(self, request: Request) -> Response:
+        tenant = (await request.json())["tenant"]
+        self.keys[f"key-of-{tenant}"] = tenant
+        return JSONResponse({"key": f"key-of-{tenant}"}, 201)
+
+    def _caller(self, request: Request) -> str:
+        return self.keys.get(request.headers.get("authorization", "").removeprefix("Bearer "), "")
+
     async def _generate(self, request: Request) -> Response:
         body = await request.json()
         self.requests.append(body)
+        self.owners.append(self._caller(request))
         name = body["parameters"].get("adapter_id")
         found = self.refuse.get(int(name.rpartition("-")[2])) if name else None
         if isinstance(found, Response):
             return found
-        lines = _events(body["parameters"]["max_new_tokens"]) if found is None else _stream(found)
+        lines = _events(body["parameters"]["max_new_tokens"], self.pace) if found is None else _stream(found)
         return StreamingResponse(lines, media_type="text/event-stream")
 
 
-async def _events(count: int) -> AsyncIterator[str]:
+async def _events(count: int, pace: float) -> AsyncIterator[str]:
     for index in range(count):
+        await asyncio.sleep(pace)
         last = index == count - 1
         details = {"finish_reason": "length", "prompt_tokens": 5, "generated_tokens": count, "seed": None} if last else None
         token = {"id": 7, "text": "x", "logprob": -1.0, "special": False}

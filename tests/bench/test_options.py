@@ -33,6 +33,8 @@ def test_every_field_has_help() -> None:
         ("rank", 5000),
         ("virtual_tokens", 0),
         ("repeats", 0),
+        ("registered", 0),
+        ("seconds", 0.0),
         ("timeout", float("nan")),
     ],
 )
@@ -49,6 +51,10 @@ def test_a_wrong_value_is_named(field: str, value: object) -> None:
         (BenchOptions(adapters=0, versus_peft=True), "adapters"),
         (BenchOptions(versus_peft=True, families=("lora", "ia3")), "families"),
         (BenchOptions(versus_peft=True, scenario="many-adapters"), "versus_peft"),
+        (BenchOptions(scenario="noisy-neighbour"), "api_keys"),
+        (BenchOptions(scenario="weights", api_keys=("a", "b")), "api_keys"),
+        (BenchOptions(api_keys=("a", "b")), "api_keys"),
+        (BenchOptions(scenario="cold-start", adapters=0), "adapters"),
     ],
 )
 def test_fields_that_exclude_each_other_are_named(options: BenchOptions, field: str) -> None:

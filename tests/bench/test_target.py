@@ -98,6 +98,40 @@ async def test_an_upload_sends_the_files_and_a_refusal_says_why() -> None:
             await target.upload("bench-0", {"adapter_config.json": b"{}"})
 
 
+@pytest.mark.parametrize("status", [401, 403, 404])
+async def test_a_server_that_keeps_its_metrics_to_itself_is_measured_without(status: int) -> None:
+    async with _target(httpx.MockTransport(lambda _: httpx.Response(status, json={"error": "no"}))) as target:
+        assert (await target.scrape()).samples == {}
+
+
+async def test_metrics_that_are_broken_are_an_error() -> None:
+    async with _target(httpx.MockTransport(lambda _: httpx.Response(500))) as target:
+        with pytest.raises(BenchError, match="GET /metrics with 500"):
+            await target.scrape()
+
+
+async def test_a_listing_is_read_page_by_page() -> None:
+    server = FakeServer(adapters={f"a-{number}": [] for number in range(7)})
+    async with _target(server.transport) as target:
+        assert await target.adapter_names() == set(server.adapters)
+
+
+async def test_another_key_goes_with_every_kind_of_request() -> None:
+    seen: list[str] = []
+
+    def note(request: httpx.Request) -> httpx.Response:
+        seen.append(request.headers.get("authorization", "none"))
+        return httpx.Response(403, json={})
+
+    async with _target(httpx.MockTransport(note), api_key="mine") as target:
+        other = target.under("other")
+        await other.generate(_order())
+        await other.scrape()
+        await target.generate(_order())
+        await target.under(None).scrape()
+    assert seen == ["Bearer other", "Bearer other", "Bearer mine", "none"]
+
+
 async def test_deleting_what_is_not_there_is_fine() -> None:
     async with _target(httpx.MockTransport(lambda _: httpx.Response(404))) as target:
         await target.delete("bench-0")

@@ -147,7 +147,8 @@ def test_more_streams_than_limits(small: ServerProcess) -> None:
                 for route in ("/generate", "/generate_stream"):
                     refused = small.http.post(route, json={"inputs": "hello"})
                     assert refused.status_code == 429
-                    assert refused.json() == {"error": "Model is overloaded", "error_type": "overloaded"}
+                    allowed = "2 requests are accepted, the most that max_running 1 and max_waiting 1 allow"
+                    assert refused.json() == {"error": f"Model is overloaded: {allowed}", "error_type": "overloaded"}
                     assert int(refused.headers["retry-after"]) >= 1
                 assert small.http.get("/health").status_code == 200
                 assert first + tokens_of(running) == alone

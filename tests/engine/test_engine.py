@@ -26,6 +26,7 @@ from server.methods.base import Adapter, Part, Prefix
 from server.model.loader import make_base
 from server.model.runner import CacheShape, Runner
 from server.requests import Event, FinishReason, Request, Sampling
+from server.tenancy.quotas import Admission, AdmissionLimits
 from tests.lab import BASE, Lab, Observer
 from tests.tiny import tiny_model
 
@@ -253,14 +254,15 @@ def test_pending_and_stats_follow_the_requests() -> None:
 
 
 def test_one_too_many_is_refused_at_once_and_a_place_comes_free_again() -> None:
-    lab = new_lab()
-    limits = SchedulerLimits(24, 2, 3, 200)
-    lab.scheduler.limits = limits
+    lab = new_lab(admission=Admission(AdmissionLimits(max_running=2, max_waiting=3)))
     for i in range(5):
         lab.submit(f"{i}", PROMPT)
-    with pytest.raises(OverloadedError) as refused:
+    with pytest.raises(
+        OverloadedError, match="5 requests are accepted, the most that max_running 2 and max_waiting 3"
+    ) as refused:
         lab.submit("one too many", PROMPT)
     assert refused.value.retry_after > 0
+    assert lab.observer.refusals == ["max_waiting"]
     lab.run()
     lab.submit("later", PROMPT)
     lab.run()
@@ -727,10 +729,10 @@ def test_stop_ends_who_runs_who_waits_and_who_was_not_looked_at_yet(run: Callabl
     running.submit("loads", "a")
     running.started("runs")
     assert gate.asked.wait(WAIT)
-    with running.engine._wake:  # the engine cannot look into its inbox before it is told to stop
+    with running.engine._inbox.lock:  # the engine cannot look into its inbox before it is told to stop
         for i in range(5):
             running.submit(f"inbox {i}")
-        running.engine._closing = True
+        running.engine._inbox.closed = True
     gate.open.set()
     running.engine.stop()
     assert running.engine.pending == 0

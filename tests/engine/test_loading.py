@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections.abc import Callable
 from queue import Queue
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from adapters_store.digest import Digest
+from server.engine.backoff import Backoff
 from server.engine.loading import HostCache, Loading
 from server.errors import AdapterdError, AdapterError, GenerationError
 from server.methods.base import Adapter, Part
@@ -85,11 +88,19 @@ def test_threads_never_see_more_than_the_limit() -> None:
 # ---- loading ----
 
 
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 class Bench:
     def __init__(self, load: Callable[[Digest], Adapter], limit: int = 0) -> None:
         self.answers: Queue[Answer] = Queue()
         self.cache = HostCache(limit)
-        self.loading = Loading(load, self.cache, lambda *answer: self.answers.put(answer))
+        self.clock = Clock()
+        self.loading = Loading(load, self.cache, lambda *answer: self.answers.put(answer), backoff=Backoff(self.clock))
 
     def load(self, digest: Digest) -> Adapter | AdapterdError:
         self.loading.start(digest)
@@ -109,6 +120,23 @@ def test_loads_run_on_another_thread() -> None:
     bench = Bench(load)
     assert bench.load(A.digest) is A
     assert threads[0] is not threading.current_thread()
+    bench.loading.stop()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process has one priority")
+def test_loads_give_way_to_steps() -> None:
+    """The engine's thread is as nice as it was."""
+    nice: list[int] = []
+
+    def load(digest: Digest) -> Adapter:
+        nice.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return A
+
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    bench = Bench(load)
+    bench.load(A.digest)
+    assert nice == [19]
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
     bench.loading.stop()
 
 
@@ -156,6 +184,59 @@ def test_an_answer_is_given_once_even_if_its_receiver_raises() -> None:
     loading.start(A.digest)
     loading.stop()
     assert calls == [A.digest]
+
+
+def test_a_broken_adapter_asked_for_1000_times_is_read_a_few_times() -> None:
+    loads: list[Digest] = []
+    broken = True
+
+    def load(digest: Digest) -> Adapter:
+        loads.append(digest)
+        if broken:
+            raise AdapterError("lora_A", "is torn")
+        return A
+
+    bench = Bench(load)
+    answers = [bench.load(A.digest) for _ in range(1000)]
+    assert {str(answer) for answer in answers} == {"lora_A: is torn"}
+    assert len(loads) == 2
+    assert isinstance(bench.load(B.digest), AdapterError)
+    assert loads[2:] == [B.digest]
+    bench.clock.now += 1
+    broken = False
+    assert bench.load(A.digest) is A
+    assert bench.load(A.digest) is A
+    bench.loading.stop()
+
+
+def test_an_upload_mends_what_could_not_be_read() -> None:
+    def load(digest: Digest) -> Adapter:
+        raise AdapterError("lora_A", "is torn")
+
+    bench = Bench(load, limit=1000)
+    for _ in range(5):
+        bench.load(A.digest)
+    bench.loading.keep(A)
+    assert bench.load(A.digest) is A
+    bench.loading.stop()
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_load_without_memory_drops_the_host_cache_and_is_tried_again(times: int) -> None:
+    cached: list[int] = []
+
+    def load(digest: Digest) -> Adapter:
+        cached.append(bench.cache.nbytes)
+        if len(cached) <= times:
+            raise MemoryError
+        return A
+
+    bench = Bench(load, limit=1000)
+    bench.loading.keep(B)
+    found = bench.load(A.digest)
+    assert cached == [B.nbytes, 0]
+    assert found is A if times == 1 else str(found) == "the adapter could not be loaded (MemoryError)"
+    bench.loading.stop()
 
 
 def test_slow_loads_do_not_hold_up_each_other() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.pages import Pages, chain_key, chain_seed
+from server.engine.pages import Owner, Pages, chain_key, chain_seed
 
 
 def test_block_zero_is_never_given_out() -> None:
@@ -102,3 +102,53 @@ def test_no_block_is_ever_lost(operations: list[tuple[str, int]]) -> None:
     for hold in holds:
         pages.release(hold)
     assert pages.available == pages.total
+
+
+# -- owners
+
+
+def cached(pages: Pages, owner: Owner, count: int, first: int = 0) -> list[bytes]:
+    """Keys of so many idle blocks of one owner."""
+    blocks = pages.allocate(count, owner)
+    assert blocks is not None
+    keys = [chain_key(owner.name.encode(), [n, n]) for n in range(first, first + count)]
+    for block, key in zip(blocks, keys, strict=True):
+        pages.publish(block, key)
+    pages.release(blocks)
+    pages.check()
+    return keys
+
+
+def test_a_flood_reuses_its_own_blocks_before_anothers() -> None:
+    pages = Pages(21, 2)
+    victim = cached(pages, Owner("victim"), 6)
+    for n in range(50):
+        cached(pages, Owner("attacker"), 10, first=10 * n)
+    assert len(pages.match(victim)) == 6
+
+
+def test_what_an_owner_has_running_counts_too() -> None:
+    """The attacker's own blocks go first although only two of its twelve are idle."""
+    pages = Pages(21, 2)
+    victim = cached(pages, Owner("victim"), 8)
+    assert pages.allocate(10, Owner("attacker")) is not None
+    cached(pages, Owner("attacker"), 2)
+    assert pages.allocate(2, Owner("attacker")) is not None
+    assert len(pages.match(victim)) == 8
+
+
+def test_blocks_that_nobody_claims_are_lent_and_who_comes_back_gets_them_again() -> None:
+    pages = Pages(13, 2)
+    cached(pages, Owner("attacker"), 12)
+    cached(pages, Owner("victim"), 5)
+    assert pages.shares == {"attacker": 7, "victim": 5}
+    cached(pages, Owner("third"), 4)
+    assert pages.shares == {"attacker": 4, "victim": 4, "third": 4}
+
+
+def test_what_an_owner_may_keep_goes_by_its_weight() -> None:
+    pages = Pages(13, 2)
+    cached(pages, Owner("heavy", 3.0), 9)
+    cached(pages, Owner("light"), 3)
+    assert pages.allocate(4, Owner("other", 1000.0)) is not None
+    assert {name: round(share, 2) for name, share in pages.shares.items()} == {"heavy": 2.0, "light": 2.0, "other": 0.0}

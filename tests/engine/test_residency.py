@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from adapters_store.digest import Digest
 from server.engine.footprint import Footprint, SiteBytes
 from server.engine.residency import AdapterFacts, Placement, Residency
+from server.tenancy.holdings import IDLE
+from server.tenancy.policy import OPEN, TenantPolicy
 
 A, B, C, D = (Digest(letter * 64) for letter in "abcd")
 
@@ -221,3 +223,115 @@ def test_the_budget_is_never_passed_and_all_is_given_back(operations: list[tuple
         residency.release([digest] * pins.get(digest, 0))
         residency.unload(digest)
     assert residency.nbytes == 0
+
+
+# -- tenants
+
+
+def numbered(prefix: str, n: int) -> Digest:
+    return Digest.of(f"{prefix}{n}".encode())
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def use(residency: Residency, digest: Digest, tenant: str, policy: TenantPolicy = OPEN) -> bool:
+    """Load, place and run one request through an adapter; false when it got no slot."""
+    if not residency.is_resident(digest):
+        if residency.want(digest):
+            residency.loaded(digest, AdapterFacts(("lora:16",)))
+        if residency.place(digest, (), tenant, policy) is None:
+            return False
+    residency.acquire([digest], tenant, policy)
+    residency.release([digest])
+    return True
+
+
+def test_a_thousand_adapters_of_one_tenant_evict_none_of_anothers_working_set() -> None:
+    clock = Clock()
+    residency = Residency(8, clock=clock)
+    mine = [numbered("victim", n) for n in range(3)]
+    for digest in mine:
+        assert use(residency, digest, "victim")
+    for n in range(1000):
+        clock.now += 0.05
+        assert use(residency, numbered("attacker", n), "attacker")
+        assert all(residency.is_resident(digest) for digest in mine)
+        if n % 1000 == 500:
+            assert use(residency, mine[0], "victim")  # once in 25 s is enough
+    assert residency.used == 8
+
+
+def test_slots_that_nobody_uses_are_lent_and_given_back() -> None:
+    clock = Clock()
+    residency = Residency(4, clock=clock)
+    for n in range(2):
+        use(residency, numbered("owner", n), "owner")
+    clock.now = IDLE + 1
+    for n in range(9):
+        use(residency, numbered("borrower", n), "borrower")
+    assert not any(residency.is_resident(numbered("owner", n)) for n in range(2))
+    for n in range(3):
+        assert use(residency, numbered("owner", n), "owner")
+    kept = [digest for digest in residency.resident if digest in {numbered("borrower", n) for n in range(9)}]
+    assert kept == [numbered("borrower", 7), numbered("borrower", 8)]
+
+
+def test_a_shared_adapter_is_whose_used_it_last() -> None:
+    residency = Residency(2, clock=Clock())
+    use(residency, A, "a")
+    use(residency, A, "b")
+    use(residency, B, "b")
+    use(residency, C, "a")
+    assert residency.resident == (B, C)  # a held nothing any more, so b gave its oldest
+
+
+def test_a_placement_that_failed_is_tried_again_once_others_have_become_idle() -> None:
+    clock = Clock()
+    residency = Residency(2, clock=clock)
+    use(residency, A, "victim")
+    ready(residency, B, "ia3")
+    residency.place(B, (), "attacker")
+    residency.acquire([B], "attacker")
+    ready(residency, C, "ia3")
+    assert residency.place(C, (), "attacker") is None
+    assert residency.is_stuck(C, (), "attacker")
+    clock.now = IDLE + 1
+    assert not residency.is_stuck(C, (), "attacker")
+    assert residency.place(C, (), "attacker") is not None
+    assert residency.resident == (B, C)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 5), st.booleans()), min_size=10, max_size=80),
+    st.integers(1, 6),
+    st.sampled_from([None, 1, 2]),
+)
+def test_no_busy_tenant_is_pushed_below_its_share_and_everybody_is_served(
+    uses: list[tuple[str, int, bool]], capacity: int, cap: int | None
+) -> None:
+    clock = Clock()
+    residency = Residency(capacity, clock=clock)
+    policies = {"a": TenantPolicy(max_slots=cap), "b": TenantPolicy(weight=2), "c": OPEN}
+
+    def held() -> dict[str, float]:
+        owners = [entry.holder.tenant for entry in residency._resident.values()]
+        return {tenant: owners.count(tenant) / policies[tenant].weight for tenant in "abc"}
+
+    for tenant, n, late in uses:
+        before = held()
+        assert use(residency, numbered(tenant, n), tenant, policies[tenant])  # nothing is pinned, so there is always a way
+        after = held()
+        for other in set("abc") - {tenant}:
+            # Whoever lost one had more than the winner has now, or the winner had none.
+            assert after[other] == before[other] or before[other] > before[tenant] or not before[tenant]
+        assert cap is None or after["a"] <= cap
+        assert residency.used <= capacity
+        clock.now += 1.0 if late else 0.0
+    assert set(residency._holders) == {entry.holder.tenant for entry in residency._resident.values()}

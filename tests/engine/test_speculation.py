@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from adapters_store.digest import Digest
 from server.engine.pages import Pages
 from server.engine.plan import Plan, Row, Sample, Sequence
+from server.engine.prefixes import extend_keys
 from server.engine.residency import Residency
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.speculation import LONGEST_PAUSE, Lookup, Speculation, may_speculate
@@ -200,7 +201,7 @@ def test_wrong_guesses_are_never_published() -> None:
     bench.run()
     assert any(row.draft for plan in bench.plans for row in plan.rows)
     true = Sequence(None, (), bench.plans[0].rows[0].sequence.seed, 0, [1, 3, 4, *story], 3)
-    bench.scheduler._extend_keys(true, len(true.ids) // 4)
+    extend_keys(true, len(true.ids) // 4, 4)
     assert set(bench.scheduler.pages._by_key) <= set(true.keys)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import psutil
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.methods.base import Tensors
-from server.methods.grouped import Pool, PooledOp, each_group, per_row, rows_of, split_of
+from server.methods.grouped import RESERVED, Pool, PooledOp, each_group, per_row, rows_of, split_of
 
 
 def test_rows_are_ordered_by_slot_and_then_by_token():
@@ -76,6 +78,26 @@ def test_held_rows_are_those_of_a_step_without_the_others(slots, held):
     assert (got.slot.tolist(), got.groups) == (expected.slot.tolist(), expected.groups)
     assert got.span in ([expected.span] if rows.span else [expected.span, None])  # without a span, tokens stay on the device
     assert one.held(rows) is other.held(rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pool_in_host_memory_grows_where_it_lies_and_takes_memory_as_it_is_written(dtype):
+    pool = Pool((256, 1024), 0.0, torch.device("cpu"), dtype)
+    pool.grow(2)
+    where = pool.tensor.data_ptr()
+    pool.tensor[1] = 7.0
+    before = psutil.Process().memory_info().rss
+    for capacity in range(3, RESERVED + 1):
+        pool.grow(capacity)
+    assert pool.tensor.data_ptr() == where
+    assert len(pool.tensor) == RESERVED
+    assert pool.nbytes == RESERVED * 256 * 1024 * dtype.itemsize
+    assert psutil.Process().memory_info().rss - before < pool.nbytes / 4
+    pool.grow(RESERVED + 1)
+    assert len(pool.tensor) == 2 * RESERVED
+    assert bool((pool.tensor[1] == 7).all())
+    assert not pool.tensor[0].any()
+    assert not pool.tensor[2:].any()
 
 
 def test_a_pool_is_the_identity_wherever_nothing_was_put():

@@ -192,6 +192,24 @@ def test_a_forgotten_composition_gets_new_rows() -> None:
     assert after.index.tolist() == before.index.tolist()
 
 
+def test_only_compositions_that_name_a_slot_which_changed_hands_are_forgotten() -> None:
+    batch = Composition()
+    own, other = batch.rows(row(3, 1, {"a": 1})), batch.rows(row(3, 1, {"a": 2, "b": 1}))
+    batch.builder.forget_slots({"a": 3, "c": 1})
+    assert batch.rows(row(3, 1, {"a": 2, "b": 1})) is other
+    assert batch.rows(row(3, 1, {"a": 1})) is own
+    batch.builder.forget_slots({"b": 1})
+    assert batch.rows(row(3, 1, {"a": 1})) is own
+    assert batch.rows(row(3, 1, {"a": 2, "b": 1})) is not other
+
+
+def test_a_slot_of_the_very_last_composition_that_changes_hands_is_noticed() -> None:
+    batch, again = Composition(), row(3, 1, {"a": 1})
+    before = batch.rows(again)
+    batch.builder.forget_slots({"a": 1})
+    assert batch.rows(again) is not before
+
+
 def test_a_composition_that_could_not_be_built_is_not_taken_for_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = Composition()
     batch.rows(row(3, 1, {"a": 1}))

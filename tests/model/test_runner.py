@@ -243,6 +243,6 @@ def test_a_reused_slot_is_gathered_anew_though_the_composition_is_the_same(biase
 
 
 def test_the_test_above_notices_a_stale_gather(biases: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BatchBuilder, "forget_composition", lambda self: None)
+    monkeypatch.setattr(BatchBuilder, "forget_slots", lambda self, slots: None)
     found = reused(biases)
     assert found["c"] != alone(biases, "c")

@@ -1,0 +1,36 @@
+"""The OpenAPI document: every operation says what it answers to a key that is missing or not enough."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from server.api.document import api_routes
+from tests.api.conftest import Make, World
+
+
+def operations(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {f"{verb} {path}": operation for path, verbs in document["paths"].items() for verb, operation in verbs.items()}
+
+
+@pytest.mark.parametrize("keys", [True, False])
+def test_refusals_are_documented_where_there_can_be_any(make: Make, keys: bool) -> None:
+    found = operations(make(require_keys=keys).app.openapi())
+    public = {"get /health", "get /livez", "get /readyz"}
+    assert {name for name, operation in found.items() if "403" not in operation["responses"]} == public
+    assert {name for name, operation in found.items() if "401" in operation["responses"]} == (
+        set(found) - public if keys else set()
+    )
+    assert {name for name, operation in found.items() if "security" in operation} == (set(found) - public if keys else set())
+
+
+def test_the_document_and_the_routes_are_the_same(world: World) -> None:
+    """Else a route could be served that no test of the document, and none of the levels, ever sees."""
+    served = {
+        f"{method.lower()} {route.path_format}"
+        for route in api_routes(world.app.routes)
+        if route.include_in_schema
+        for method in route.methods or ()
+    }
+    assert served == set(operations(world.app.openapi()))
