@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from random import Random
 
+from adapters_store.errors import Unavailable
 from adapters_store.store import Store
 
 from .conftest import in_memory
@@ -109,3 +110,11 @@ def check_goes_on(store: Store, change: str, before: Seen, after: Seen) -> None:
     assert seen(store) == after
     upload(store, "acme", "next", "the next one")
     assert store.get("acme", "next").version == 1
+
+
+def raised(call: Callable[[], object]) -> Unavailable | None:
+    try:
+        call()
+    except Unavailable as error:
+        return error
+    return None

@@ -18,10 +18,9 @@ import pytest
 from sqlalchemy import Engine, event
 
 from adapters_store import disk
-from adapters_store.errors import Unavailable
 from adapters_store.store import Store
 
-from .changes import CHANGES, before_and_after, check_goes_on, check_whole, past, seen
+from .changes import CHANGES, before_and_after, check_goes_on, check_whole, past, raised, seen
 from .kill_at import CALLS
 
 STATEMENTS = ("do_execute", "do_executemany", "do_execute_no_params")
@@ -114,11 +113,3 @@ def check_whole_again(store: Store, root: Path) -> None:
     for draft in [path for path in (root / "staging").rglob("*") if path.is_file()]:
         draft.unlink()
     check_whole(store, root)
-
-
-def raised(call: Callable[[], object]) -> Unavailable | None:
-    try:
-        call()
-    except Unavailable as error:
-        return error
-    return None

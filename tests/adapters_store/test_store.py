@@ -11,6 +11,7 @@ from adapters_store.errors import Conflict, Corrupt, Invalid, NotFound, Unavaila
 from adapters_store.records import AdapterRecord
 from adapters_store.store import MAX_PAGE, Store
 
+from .changes import raised
 from .places import Place
 
 Upload = Callable[..., tuple[AdapterRecord, bool]]
@@ -580,11 +581,3 @@ def fail_at(number: int, patch: pytest.MonkeyPatch) -> None:
 
     for name in ("create", "write", "sync", "move", "sync_directory"):
         patch.setattr(disk, name, failing(getattr(disk, name)))
-
-
-def raised(call: Callable[[], object]) -> Unavailable | None:
-    try:
-        call()
-    except Unavailable as error:
-        return error
-    return None
