@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,16 +23,27 @@ from server.errors import NotFoundError
 from server.methods import build_methods
 from server.methods.base import Adapter
 from server.methods.weigh import check_fits, footprint_of
-from server.model.kernels import Kernels
+from server.model.kernels import Kernels, choose_kernels
 from server.model.loader import Base, make_base
 from server.model.runner import CacheShape, Runner
 from server.recipes import Source, digest_of
 from server.requests import Event, FinishReason, Request, Sampling, Task
+from server.settings import default_home
 from server.tenancy.policy import OPEN, TenantPolicy
 from server.tenancy.quotas import Admission
 
 BASE = Digest("0" * 64)
 TORCH = Kernels("torch")
+
+
+def kernels_named(name: str) -> Kernels:
+    """The "torch" kernels, or the "native" ones; skips the test where there are none."""
+    if name == "torch":
+        return Kernels("torch")
+    chosen = choose_kernels(torch.device("cpu"), torch.float32, True, default_home(), lambda line: None)
+    if chosen.name != name:
+        pytest.skip(chosen.name)
+    return chosen
 
 
 class RecordingRunner(Runner):

@@ -58,7 +58,7 @@ class Sequence:
     @property
     def computed(self) -> int:
         """Positions of its prompt that were computed for it, neither shared nor found in the cache, and tokens generated."""
-        reached = self.prompt_end if self.generated else min(self.done, self.prompt_end)
+        reached = self.prompt_end if self.generated else min(max(self.done, self.reached), self.prompt_end)
         return max(0, reached - self.virtual - self.cached) + self.generated
 
     @property

@@ -21,6 +21,13 @@ def test_a_sequence_counts_what_it_generated_and_what_is_left_to_compute() -> No
     assert seq.sampling is SAMPLING
 
 
+def test_what_a_preemption_took_back_was_computed_all_the_same() -> None:
+    seq = sequence([-1, 97, 12, 55], virtual=1, done=3)
+    assert seq.computed == 2
+    seq.reached, seq.done = 3, 0
+    assert seq.computed == 2
+
+
 def test_a_prefix_being_built_has_no_sampling_and_never_samples() -> None:
     build = Sequence(None, (), b"", 3, [-1] * 3, 3)
     assert not Row(build, 0, 3).samples

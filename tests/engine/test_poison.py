@@ -14,10 +14,9 @@ from structlog.testing import capture_logs
 
 from adapters_store.digest import Digest
 from server.methods.base import Adapter, Part, Prefix
-from server.model.kernels import Kernels, choose_kernels
+from server.model.kernels import Kernels
 from server.requests import FinishReason
-from server.settings import default_home
-from tests.lab import Lab
+from tests.lab import Lab, kernels_named
 from tests.tiny import tiny_model
 
 BLOCKS, SIZE = 14, 4
@@ -44,12 +43,7 @@ def _quiet() -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=["torch", "native"])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
-    if request.param == "torch":
-        return Kernels("torch")
-    chosen = choose_kernels(torch.device("cpu"), torch.float32, True, default_home(), lambda line: None)
-    if chosen.name != "native":
-        pytest.skip(chosen.name)
-    return chosen
+    return kernels_named(request.param)
 
 
 def new_lab(kernels: Kernels, architecture: str) -> Lab:

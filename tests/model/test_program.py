@@ -12,11 +12,11 @@ from adapters_store.digest import Digest
 from server.methods import METHODS
 from server.methods.base import Adapter, Checkpoint, Limits, Part
 from server.model import program as module
-from server.model.kernels import Kernels, choose_kernels
+from server.model.kernels import Kernels
 from server.model.loader import make_base
 from server.model.native import NativeKernels, NativeUnavailable, library, open_library
 from server.settings import default_home
-from tests.lab import BASE, Lab
+from tests.lab import BASE, Lab, kernels_named
 from tests.tiny import tiny_model
 
 LAYERS = 2
@@ -26,10 +26,7 @@ LAYER = "model.layers.1"
 @pytest.fixture(scope="module")
 def kernels() -> Kernels:
     torch.set_num_threads(1)
-    chosen = choose_kernels(torch.device("cpu"), torch.float32, True, default_home(), lambda line: None)
-    if chosen.name != "native":
-        pytest.skip(chosen.name)
-    return chosen
+    return kernels_named("native")
 
 
 @pytest.fixture

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from server.model.kernels import Kernels, choose_kernels
-from server.settings import default_home
+from server.model.kernels import Kernels
+from tests.lab import kernels_named
 
 
 @pytest.fixture(params=["torch", "native"])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
-    if request.param == "torch":
-        return Kernels("torch")
-    chosen = choose_kernels(torch.device("cpu"), torch.float32, True, default_home(), lambda line: None)
-    if chosen.name != "native":
-        pytest.skip(chosen.name)
-    return chosen
+    return kernels_named(request.param)
