@@ -27,6 +27,7 @@ class SharedPrefix:
     shift: int  # of the text behind it; see Sequence
     ids: list[int]  # [length], virtual positions where it has no token
     owner: Owner
+    unpaid: int = 0  # positions computed for it that nobody was charged for
 
 
 class Prefixes:
@@ -51,6 +52,14 @@ class Prefixes:
     def complete(self, seed: bytes) -> None:
         """It has been computed."""
         self._prefixes[seed].ready = True
+
+    def settle(self, seed: bytes) -> int:
+        """Positions that are to be charged for it: all that were computed, and 0 from then on, as for unknown ones."""
+        prefix = self._prefixes.get(seed)
+        if prefix is None:
+            return 0
+        unpaid, prefix.unpaid = prefix.unpaid, 0
+        return unpaid
 
     def drop(self, seed: bytes) -> None:
         """Running sequences keep their blocks. Unknown ones are ignored."""

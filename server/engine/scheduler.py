@@ -270,23 +270,28 @@ class Scheduler:
             plan.changes.append(Fill(digest, tuple(blocks)))
             return prefix
         build = Sequence(None, sequence.adapters, sequence.seed, virtual, list(ids), virtual, blocks=blocks)
-        build.tenant, build.charged = sequence.tenant, virtual
-        self.waiting.charge(build.tenant, build.charged)
+        build.tenant, prefix.unpaid = sequence.tenant, virtual
         self._join(build)
         return prefix
 
     def _start(self, sequence: Sequence, prefix: SharedPrefix | None, plan: Plan) -> _Outcome:
-        """Give the sequence its shared blocks and let it run. It pays once, for what is neither shared nor cached."""
+        """Give the sequence its shared blocks and let it run.
+
+        It pays when it first starts, for what is neither shared nor cached, and for a prefix that was computed for it. Not
+        when that is begun: its tenant would lose its turn to one whose prefix takes the very same blocks, and so on. Nor
+        again after a preemption: charges without progress would let two tenants preempt each other for ever.
+        """
         cached = self._checks.may_start_from_cache(sequence)
         if not self._prefixes.attach(sequence, prefix, plan, cached=cached, spare=bool(self.running)):
             return _Outcome.NO_ROOM
+        unpaid = self._prefixes.settle(sequence.seed)
         first = not sequence.admitted_at
         if first:
             sequence.admitted_at = time.monotonic()
             sequence.cached = max(0, sequence.done - sequence.virtual)
             sequence.charged = sequence.prompt_end - sequence.done
         self._join(sequence)
-        self.waiting.admit(sequence, sequence.charged if first else 0)
+        self.waiting.admit(sequence, sequence.charged + unpaid if first else 0)
         self._slots.admitted(sequence)
         return _Outcome.ADMITTED
 
@@ -313,10 +318,12 @@ class Scheduler:
         return True
 
     def _victim(self) -> Sequence:
-        """The youngest of the tenant with the largest counter; first of all prefixes that nobody waits for any more."""
-        counters = {tenant: self.waiting.counter(tenant) for tenant in {sequence.tenant for sequence in self.running}}
-        served = max(counters, key=lambda tenant: math.inf if (c := counters[tenant]) is None else c)
-        return next(sequence for sequence in reversed(self.running) if sequence.tenant == served)
+        """The youngest of the tenants with the largest counter; first of all prefixes that nobody waits for any more."""
+        return max(reversed(self.running), key=self._served)  # the first of equals
+
+    def _served(self, sequence: Sequence) -> float:
+        counter = self.waiting.counter(sequence.tenant)
+        return math.inf if counter is None else counter
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to waiting, to be recomputed: its tokens are kept, its K/V is not."""
@@ -331,8 +338,6 @@ class Scheduler:
         self._slots.release(sequence)
         if sequence.request is not None:  # a prefix's blocks belong to its entry
             self._prefixes.release(sequence)
-        elif sequence.remaining:
-            self.waiting.charge(sequence.tenant, -sequence.charged)
 
     # -- results -------------------------------------------------------------------------------------------------
 
@@ -393,6 +398,9 @@ class Scheduler:
         left = sequence.prompt_end - max(sequence.done, sequence.reached)
         if sequence in self.running:
             self._leave(sequence)
+        else:
+            unpaid = self._prefixes.settle(sequence.seed)  # whoever asks for a prefix and goes has it all the same
+            self.waiting.charge(sequence.tenant, unpaid)
         self._slots.ended(sequence)
         self.waiting.remove(sequence, unserved=max(0, min(sequence.charged, left)))
         self._outbox.append(event)

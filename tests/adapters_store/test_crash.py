@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import adapters_store
+from tests.process import ROOT
 
 from .kill_at import NAMES
 
@@ -24,7 +23,7 @@ def ran(module: str, *arguments: str) -> dict[str, int]:
     """What a script of these tests prints; it ends with status 0 only if all it looked at was well."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", f"tests.adapters_store.{module}", *arguments],
-        cwd=Path(adapters_store.__file__).parents[1], capture_output=True, text=True, timeout=900, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found: dict[str, int] = json.loads(done.stdout)
