@@ -49,6 +49,7 @@ FLOORS: Mapping[str, int] = {
     "server.engine.warming": 3,
     "server.engine.watchdog": 3,
     "server.engine.budget": 3,
+    "server.engine.prefill": 3,
     "server.engine.pages": 3,
     "server.engine.prefixes": 3,
     "server.engine.residency": 3,

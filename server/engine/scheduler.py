@@ -21,11 +21,11 @@ from adapters_store.digest import Digest
 from ..errors import AdapterdError, GenerationError
 from ..requests import Event, FinishReason, Request
 from ..tenancy.fairness import FairQueue
-from ..tenancy.shares import Demand, Shares
 from .budget import StepBudget
 from .checks import Checks
 from .pages import Pages, chain_seed
 from .plan import Fill, Plan, Row, Sample, Sequence
+from .prefill import Prefill, backlog_of
 from .prefixes import Prefixes, SharedPrefix, owner_of
 from .residency import Residency
 from .results import NOT_FINITE, add_scores, append, prompt_event, scores_event, token_event
@@ -77,7 +77,7 @@ class Scheduler:
         self._by_id: dict[str, Sequence] = {}
         self._numbers = count(1)
         self._outbox: list[Event] = []
-        self._shares = Shares()
+        self._prefill = Prefill(limits.max_batch_tokens, limits.max_prefill_tokens)
         self._speculation = Speculation(limits.speculate)
 
     # -- what comes in -------------------------------------------------------------------------------------------
@@ -97,6 +97,7 @@ class Scheduler:
         sequence = Sequence(request, request.adapters, seed, 0, prompt, len(prompt), tenant=request.tenant)
         sequence.number = next(self._numbers)
         self._by_id[request.id] = sequence
+        self._prefill.came(request.tenant)
         self.waiting.add(sequence, request.tenant, request.policy, ready=not self._blocked(sequence))
 
     def cancel(self, request_id: str) -> None:
@@ -144,48 +145,24 @@ class Scheduler:
         plan = Plan()
         self._slots.place_warm(plan)
         self._admit(plan)
+        budget = self._prefill.budget(self.running)
         prompts = [sequence for sequence in self.running if sequence.remaining > 1]
-        budget = StepBudget(self.limits.max_batch_tokens, self.limits.max_prefill_tokens * self._chunks(prompts))
         # Decode before prefill: a long prompt must not delay tokens of sequences that already stream.
         for sequence in [sequence for sequence in self.running if sequence.remaining <= 1]:
             self._add_row(sequence, budget.room(sequence), plan, budget)
-        self._prefill([sequence for sequence in prompts if sequence in self.running], plan, budget)
+        self._add_prompts([sequence for sequence in prompts if sequence in self.running], plan, budget)
         self._speculate(budget)
         plan.rows = list(budget.rows.values())
         self._slots.loads(self.waiting.in_turn(), plan)  # last: a plan that is never returned must have promised no load
         return plan
 
-    def _chunks(self, prompts: list[Sequence]) -> int:
-        """How many prompts' shares a step has room for, so that many who wait are not served at the pace of one.
-
-        Beside another tenant's streams a tenant has one share, however many prompts: its steps would be everybody's.
-        """
-        if len({sequence.tenant for sequence in self.running}) < 2:
-            return max(1, len(prompts))
-        return max(1, len({sequence.tenant for sequence in prompts}))
-
-    def _prefill(self, prompts: list[Sequence], plan: Plan, budget: StepBudget) -> None:
-        """In order of admission; where they are of several tenants, what the step has room for is divided among those."""
-        shares = self._prefill_shares(prompts, budget.extra)
+    def _add_prompts(self, prompts: list[Sequence], plan: Plan, budget: StepBudget) -> None:
+        """In order of admission, as far as each one's tenant has room."""
+        rooms = self._prefill.rooms(prompts, budget.extra, self.waiting.weight)
         for sequence in prompts:
-            room = budget.room(sequence)
-            if shares is None:
-                self._add_row(sequence, room, plan, budget)
-                continue
-            room = min(room, shares[sequence.tenant])
+            room = min(budget.room(sequence), rooms[sequence.tenant])
             if self._add_row(sequence, room, plan, budget):
-                shares[sequence.tenant] -= room
-
-    def _prefill_shares(self, prompts: list[Sequence], extra: int) -> dict[str, int] | None:
-        """Tokens of each tenant; None where there is only one."""
-        if len({sequence.tenant for sequence in prompts}) < 2:
-            return None
-        demands: dict[str, Demand] = {}
-        for sequence in prompts:
-            before = demands.get(sequence.tenant)
-            weight = self.waiting.weight(sequence.tenant)
-            demands[sequence.tenant] = Demand(weight, sequence.remaining + (before.most if before else 0))
-        return self._shares.divide(extra, demands)
+                rooms[sequence.tenant] -= room
 
     def _add_row(self, sequence: Sequence, positions: int, plan: Plan, budget: StepBudget) -> bool:
         """Plan so many positions of a sequence, if there are blocks for them; not of one preempted in the meantime."""
@@ -219,6 +196,8 @@ class Scheduler:
 
     def _admit(self, plan: Plan) -> None:
         """The head of the tenant with the least counter, again and again; if there is no room for it, there is for nobody."""
+        backlog = backlog_of(self.running)
+        self.waiting.hold(self._prefill.floods(backlog))
         if len(self.running) < self.limits.max_running:
             self.waiting.wake(self._blocked)
         while len(self.running) < self.limits.max_running and (sequence := self.waiting.head()) is not None:
@@ -231,6 +210,9 @@ class Scheduler:
                 return
             if outcome is _Outcome.BLOCKED:
                 self.waiting.park(sequence)
+            else:
+                backlog[sequence.tenant] += sequence.remaining
+                self.waiting.hold(self._prefill.floods(backlog))
 
     def _blocked(self, sequence: Sequence) -> bool:
         """Whether it waits for something that no turn gives it."""

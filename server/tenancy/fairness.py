@@ -10,7 +10,7 @@ Virtual token counters with weights: Sheng et al., Fairness in Serving Large Lan
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from itertools import chain, count, zip_longest
@@ -39,11 +39,12 @@ class _Line(Generic[T]):
     requests: int = 0  # ready, parked and running
     ranked: float | None = None  # the counter that it is ranked by while it waits
     listed: bool = False  # among those that may be collected
+    held: bool = False  # it may start nothing now
 
     @property
     def waits(self) -> bool:
         most = self.policy.max_running
-        return bool(self.ready) and (most is None or self.running < most)
+        return bool(self.ready) and not self.held and (most is None or self.running < most)
 
 
 @dataclass(eq=False)
@@ -75,6 +76,7 @@ class FairQueue(Generic[T]):
         self._entries = count()
         self._idle: list[tuple[float, str]] = []  # heap of lines that may be collected
         self._last: _Line[T] | None = None  # the last that ceased to wait
+        self._held: frozenset[str] = frozenset()
         self._running = 0
 
     def __len__(self) -> int:
@@ -108,7 +110,7 @@ class FairQueue(Generic[T]):
 
     def add(self, item: T, tenant: str, policy: TenantPolicy, *, ready: bool = True) -> None:
         """A request has come. The newest policy of a tenant counts."""
-        line = self._lines.setdefault(tenant, _Line(tenant, policy))
+        line = self._lines.setdefault(tenant, _Line(tenant, policy, held=tenant in self._held))
         line.policy = policy
         place = self._places[item] = _Place(line, next(self._tickets), _State.PARKED)
         line.requests += 1
@@ -175,6 +177,14 @@ class FairQueue(Generic[T]):
         for item in [item for item in self._parked if not blocked(item)]:
             self._make_ready(item, self._places[item])
             self._settle(self._places[item].line)
+
+    def hold(self, tenants: Collection[str]) -> None:
+        """Tenants that may start nothing until they are not named here any more; they compete with nobody."""
+        changed = self._held ^ (held := frozenset(tenants))
+        self._held = held
+        for line in (self._lines[tenant] for tenant in changed if tenant in self._lines):
+            line.held = line.tenant in held
+            self._settle(line)
 
     def put_back(self, item: T) -> None:
         """A running request was preempted: it is ready again, in its old place."""

@@ -483,20 +483,6 @@ def test_every_prompt_has_its_share_beside_streams() -> None:
     assert counts(bench.step()) == {"stream": 1, "second": 3}
 
 
-def test_beside_another_tenants_stream_a_tenant_has_one_share_however_many_prompts() -> None:
-    """With one tenant each prompt has its own: the test above."""
-    bench = Bench(max_prefill_tokens=3)
-    bench.submit("stream", [1, 3], tenant="victim", max_new_tokens=40)
-    for _ in range(5):
-        bench.step()
-    for n in range(4):
-        bench.submit(f"flood{n}", list(range(3, 33)), tenant="attacker", max_new_tokens=1)
-    assert counts(bench.step()) == {"stream": 1, "flood0": 3}
-    bench.submit("short", list(range(3, 8)), tenant="victim", max_new_tokens=1)
-    assert counts(bench.step()) == {"stream": 1, "flood0": 3, "short": 3}
-    bench.run()
-
-
 def test_requests_that_come_together_get_their_first_tokens_together() -> None:
     """16 tokens a step: the second prompt is not held back by the first one's stream, which has just begun."""
     bench = Bench(max_prefill_tokens=1)
