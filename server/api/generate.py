@@ -35,7 +35,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorResponse, "description": "Starting or shutting down"},
 }
 
-_STREAM: dict[str, Any] = {"model": StreamResponse, "content": {"text/event-stream": {}}}
+_EVENTS: dict[str, Any] = {"text/event-stream": {}}
 _BODY = documented(
     GenerateRequest,
     base_model={"inputs": "What is deep learning?", "parameters": {"max_new_tokens": 20}},
@@ -50,7 +50,7 @@ GenerateBody = Annotated[GenerateRequest, Depends(json_body(GenerateRequest, cou
 TokenizeBody = Annotated[TokenizeRequest, Depends(json_body(TokenizeRequest))]
 
 
-@router.post("/generate", responses={200: {"model": GenerateResponse}, **REFUSALS}, openapi_extra=_BODY)
+@router.post("/generate", responses={200: {"model": GenerateResponse, "content": _EVENTS}, **REFUSALS}, openapi_extra=_BODY)
 @requires("infer", action="generate")
 async def generate(request: Request, body: GenerateBody, services: Context, caller: Caller) -> Response:
     """Generate text, through an adapter if one is named. With `stream`, the same as `/generate_stream`."""
@@ -60,7 +60,7 @@ async def generate(request: Request, body: GenerateBody, services: Context, call
     return JSONResponse(content, headers=headers)
 
 
-@router.post("/generate_stream", responses={200: _STREAM, **REFUSALS}, openapi_extra=_BODY)
+@router.post("/generate_stream", responses={200: {"model": StreamResponse, "content": _EVENTS}, **REFUSALS}, openapi_extra=_BODY)
 @requires("infer", action="generate")
 async def generate_stream(request: Request, body: GenerateBody, services: Context, caller: Caller) -> Response:
     """Generate text, one server-sent event per token; the last has `generated_text`.
@@ -70,7 +70,7 @@ async def generate_stream(request: Request, body: GenerateBody, services: Contex
     return await _stream(request, body, services, caller)
 
 
-@router.post("/", responses={200: {"model": list[GenerateResponse]}, **REFUSALS}, openapi_extra=_BODY)
+@router.post("/", responses={200: {"model": list[GenerateResponse], "content": _EVENTS}, **REFUSALS}, openapi_extra=_BODY)
 @requires("infer", action="generate")
 async def compat_generate(request: Request, body: GenerateBody, services: Context, caller: Caller) -> Response:
     """What the LoRAX, TGI and Hugging Face clients call: `/generate` in a list of one, or a stream with `stream`."""

@@ -17,10 +17,12 @@ T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # made once: an event is sent for each token
+
 
 def event(payload: Mapping[str, object]) -> bytes:
     """One `data:` event."""
-    return b"data: " + json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _encode(payload).encode() + b"\n\n"
 
 
 class EventStream(Response):

@@ -28,6 +28,7 @@ from ..requests import Event, FinishReason, Request, Token
 from ..step_times import StepTimes
 
 Publish = Callable[[list[Event]], None]
+Events = asyncio.Queue[Event | None]  # of one request, to its last; None: its time is over
 
 
 class EngineLike(Protocol):
@@ -162,7 +163,8 @@ class Delta:
 @dataclass(slots=True)
 class _Listener:
     job: Job
-    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+    alarm: asyncio.TimerHandle  # one for a request, not one for each event
+    events: Events
     scheduled: bool = False  # whether the engine has begun it
 
 
@@ -188,22 +190,23 @@ class EngineClient:
 
     def generate(self, job: Job) -> Generation:
         """Submit at once. Raises: OverloadedError, UnavailableError."""
-        return Generation(self, job, self.submit(job), self.timeout)
+        return Generation(self, job, self.submit(job))
 
-    def submit(self, job: Job) -> asyncio.Queue[Event]:
+    def submit(self, job: Job) -> Events:
         """Hand a request to the engine, and have its events put where they are returned until `close`.
 
         Raises: OverloadedError, UnavailableError.
         """
-        self._attach()
-        listener = self._listeners[job.request.id] = _Listener(job)
+        loop, events = self._attach(), Events()
+        alarm = loop.call_later(job.request.arrival + self.timeout - time.monotonic(), events.put_nowait, None)
+        self._listeners[job.request.id] = _Listener(job, alarm, events)
         try:
             self.engine.submit(job.request)
         except AdapterdError as error:
-            del self._listeners[job.request.id]
+            self.close(job.request.id, cancel=False)
             self.metrics.finished(error.error_type)
             raise
-        return listener.events
+        return events
 
     async def warm(self, digests: Sequence[Digest], tenant: str = "default") -> None:
         """Wait until the adapters are on the device. Raises: AdapterdError when one cannot be loaded."""
@@ -217,15 +220,19 @@ class EngineClient:
     def close(self, request_id: str, *, cancel: bool) -> None:
         """Stop listening to a request; events that still come for it are dropped."""
         known = self._listeners.pop(request_id, None)
-        if known is not None and cancel:
+        if known is None:
+            return
+        known.alarm.cancel()
+        if cancel:
             self.engine.cancel(request_id)
 
-    def _attach(self) -> None:
+    def _attach(self) -> asyncio.AbstractEventLoop:
         """Have events delivered to the running loop. The loop is known only once a request is served on it."""
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
             self._loop = loop
             self._mailbox.attach(loop, self._deliver)
+        return loop
 
     def _deliver(self, event: Event) -> None:
         listener = self._listeners.get(event.request_id)
@@ -237,14 +244,13 @@ class EngineClient:
 class Generation(AsyncIterator[Delta]):
     """One running request. Ends once: by its last delta, by an error or by `aclose`, whichever comes first."""
 
-    def __init__(self, client: EngineClient, job: Job, events: asyncio.Queue[Event], timeout: float) -> None:
+    def __init__(self, client: EngineClient, job: Job, events: Events) -> None:
         sampling = job.request.sampling
         self.job = job
         self.summary = Summary(len(job.request.prompt), sampling.seed if sampling.do_sample else None)
         self.summary.validation = max(0.0, job.request.arrival - job.started)
         self._client = client
         self._events = events
-        self._timeout = timeout
         self._transcript = Transcript(client.text, job.request.prompt, job.stop)
         self._ready: deque[Delta] = deque()
         self._last_token: float | None = None  # time.monotonic()
@@ -277,17 +283,15 @@ class Generation(AsyncIterator[Delta]):
         return self._ready.popleft()
 
     async def _receive(self) -> None:
-        """Take in one event of the engine."""
-        deadline = self.job.request.arrival + self._timeout - time.monotonic()
+        """Take in one event of the engine, or the alarm."""
         try:
-            async with asyncio.timeout(deadline):
-                event = await self._events.get()
-        except TimeoutError:
-            self._end("timeout", cancel=True)
-            raise GenerationError(f"the request took longer than {self._timeout:g} seconds") from None
+            event = await self._events.get()
         except BaseException:
             self._end("cancelled", cancel=True)
             raise
+        if event is None:
+            self._end("timeout", cancel=True)
+            raise GenerationError(f"the request took longer than {self._client.timeout:g} seconds")
         self._note(event)
         self._translate(event)
 

@@ -5,7 +5,6 @@ Owns their time limit, cancellation and metrics. Never touches a tensor, the sch
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 
@@ -28,12 +27,10 @@ class Scoring:
 
     async def result(self) -> Scores:
         """Raises: AdapterdError when the request fails or takes too long."""
-        try:
-            async with asyncio.timeout(self.job.request.arrival + self._client.timeout - time.monotonic()):
-                event = await self._events.get()
-        except TimeoutError:
+        event = await self._events.get()
+        if event is None:
             self._end("timeout", cancel=True)
-            raise GenerationError(f"the request took longer than {self._client.timeout:g} seconds") from None
+            raise GenerationError(f"the request took longer than {self._client.timeout:g} seconds")
         return self._take(event)
 
     def close(self) -> None:

@@ -159,7 +159,8 @@ class Stream:
         """Text of the tokens from `read` to `stop`."""
         if stop <= self._read:
             return ""
-        known = self._text.decode(self._ids[self._prefix : self._read])
+        before = self._ids[self._prefix : self._read]
+        known = self._text.piece(before[0]) if len(before) == 1 else self._text.decode(before)
         return self._text.decode(self._ids[self._prefix : stop])[len(known) :]
 
     def _give_up(self) -> str:

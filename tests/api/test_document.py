@@ -34,3 +34,13 @@ def test_the_document_and_the_routes_are_the_same(world: World) -> None:
         for method in route.methods or ()
     }
     assert served == set(operations(world.app.openapi()))
+
+
+def test_what_may_be_streamed_says_so(world: World) -> None:
+    """Both what it is without `stream` and events; but for the route that only streams, whose events it describes."""
+    kinds = {name: set(operation["responses"]["200"]["content"]) for name, operation in operations(world.app.openapi()).items()
+             if "200" in operation["responses"] and "text/event-stream" in operation["responses"]["200"].get("content", {})}  # fmt: skip
+    both = {"application/json", "text/event-stream"}
+    assert kinds == dict.fromkeys(
+        ("post /", "post /generate", "post /generate_stream", "post /v1/completions", "post /v1/chat/completions"), both
+    )
