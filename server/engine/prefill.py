@@ -3,7 +3,7 @@
     tenants with prompts in progress      beside streams                             behind whom
     one alone                             a share of each of its prompts             admission
     of several, little to compute         the same; divided by weight                -
-    of several, a flood                   one share, a quarter while others have     its own: no more are admitted,
+    of several, a flood                   one share, an eighth while others have     its own: no more are admitted,
                                           prompts; divided by weight                 what waits keeps its turn
 
 A share is `max_prefill_tokens`. Decides nothing about blocks, slots or who runs. Never imports torch.
@@ -23,9 +23,9 @@ from .plan import Sequence
 #: Shares of prompt positions in progress from which a tenant floods: they would not be computed sooner if they were more.
 FLOOD: Final = 16
 #: Shares that a step without streams takes at least: nobody's next token waits, but somebody may come.
-UNSTREAMED: Final = 4
+UNSTREAMED: Final = 2
 #: Of a share, what floods get while others have prompts.
-LEFT_TO_FLOODS: Final = 0.25
+LEFT_TO_FLOODS: Final = 0.125
 #: Seconds after its last request for which a tenant may be expected to come again.
 RECENT: Final = 60.0
 

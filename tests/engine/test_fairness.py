@@ -38,14 +38,14 @@ def test_weights_decide_how_often_it_is_whose_turn() -> None:
 
 
 def test_a_short_prompt_is_not_behind_the_long_ones_of_another_tenant() -> None:
-    """Prompts of 90 tokens are running, 16 tokens a step: the next, of another tenant, gets all but a quarter of them."""
+    """Prompts of 90 tokens are running, 16 tokens a step: the next, of another tenant, gets all but an eighth of them."""
     bench = Bench(blocks=200)
     for n in range(4):
         bench.submit(f"long{n}", list(range(3, 93)), tenant="attacker")
     bench.step()
     bench.submit("short", list(range(3, 19)), tenant="victim", max_new_tokens=1)
-    assert counts(bench.step()) == {"long0": 4, "short": 12}
-    assert counts(bench.step()) == {"long0": 12, "short": 4}
+    assert counts(bench.step()) == {"long0": 2, "short": 14}
+    assert counts(bench.step()) == {"long0": 14, "short": 2}
     assert bench.finish("short") == [FinishReason.LENGTH]
     assert counts(bench.step()) == {"long0": 16}
     bench.run()

@@ -52,10 +52,10 @@ def test_who_has_much_in_progress_floods_while_others_are_there_or_were_lately()
     assert prefill.floods(Counter(a=FLOOD * SHARE, b=1)) == {"a"}, "b has not asked lately, but its prompt is in progress"
 
 
-def test_of_two_tenants_the_flood_gets_a_quarter_share_and_all_that_the_other_leaves() -> None:
+def test_of_two_tenants_the_flood_gets_an_eighth_of_a_share_and_all_that_the_other_leaves() -> None:
     prefill = Prefill(TOKENS, SHARE)
     flood, few = sequences(*[100] * 9, tenant="flood"), sequences(15, 15, tenant="few")
-    assert prefill.rooms(flood + few, 22, lambda tenant: 1.0) == {"flood": 2, "few": 20}
+    assert prefill.rooms(flood + few, 22, lambda tenant: 1.0) == {"flood": 1, "few": 21}
     assert prefill.rooms(flood + few, 80, lambda tenant: 1.0) == {"flood": 50, "few": 30}
     assert prefill.rooms(flood, 10, lambda tenant: 1.0) == {"flood": 10}
 
@@ -66,7 +66,7 @@ def test_floods_share_what_is_left_to_them_by_weight() -> None:
     given = Counter[str]()
     for _ in range(40):
         given.update(prefill.rooms(floods + sequences(100, tenant="few"), 12, {"a": 1.0, "b": 3.0, "few": 1.0}.__getitem__))
-    assert given == {"a": 20, "b": 60, "few": 400}
+    assert given == {"a": 10, "b": 30, "few": 440}
 
 
 def test_a_step_of_several_tenants_is_short_though_nothing_streams() -> None:
