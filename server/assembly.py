@@ -105,7 +105,7 @@ def assemble(settings: Settings, report: Report = quiet, readiness: Readiness | 
     reclaimer = Reclaimer()
     reclaimer.trim()  # the weights as they were before they were packed
     cache = cache_shape(settings, base)
-    limits = scheduler_limits(settings, base, cache)
+    limits = scheduler_limits(settings, base, cache, kernels)
     budget = adapter_budget(settings, base)
     store = _open_store(settings)
     text = Text(tokenizer_of(directory), base.eos)
@@ -262,7 +262,7 @@ def _rounded_up(size: float) -> str:
     return f"{Decimal(size).quantize(step, ROUND_UP).normalize():f}"
 
 
-def scheduler_limits(settings: Settings, base: Base, cache: CacheShape) -> SchedulerLimits:
+def scheduler_limits(settings: Settings, base: Base, cache: CacheShape, kernels: Kernels) -> SchedulerLimits:
     # A request alone must always fit: its own blocks, one for the copy of a prefix's last block, and the null block.
     fits = (cache.blocks - 2) * cache.block_size
     return SchedulerLimits(
@@ -272,6 +272,7 @@ def scheduler_limits(settings: Settings, base: Base, cache: CacheShape) -> Sched
         max_total_tokens=min(_context(settings, base), fits),
         max_prefill_tokens=settings.max_prefill_tokens,
         speculate=settings.speculate,
+        splits_prompts=kernels.splits_prompts,
     )
 
 

@@ -142,6 +142,7 @@ class Lab:
             min(max_total_tokens, (blocks - 2) * block_size),
             max_prefill_tokens=max_prefill_tokens,
             speculate=speculate,
+            splits_prompts=kernels.splits_prompts,
         )
         self.scheduler = Scheduler(Pages(blocks, block_size), Residency(slots, budget), limits, BASE, [2])
         self.engine = Engine(

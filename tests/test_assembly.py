@@ -29,6 +29,7 @@ from server.demo import DemoAdapter
 from server.errors import AdapterError, UnavailableError
 from server.methods import METHODS
 from server.model.attention import UnsupportedModelError
+from server.model.kernels import Kernels
 from server.model.loader import Base, load_base, rounded
 from server.model.runner import CacheShape, block_nbytes
 from server.settings import Settings
@@ -93,7 +94,7 @@ def test_adapters_get_what_they_are_given_or_a_share_of_free_memory(base: Base, 
     ids=["the model's", "the setting", "never more than the model's", "what the cache holds", "even if more is wanted"],
 )
 def test_the_context_of_a_request(base: Base, wanted: int, blocks: int, got: int) -> None:
-    limits = scheduler_limits(Settings(max_total_tokens=wanted), base, CacheShape(blocks, 16))
+    limits = scheduler_limits(Settings(max_total_tokens=wanted), base, CacheShape(blocks, 16), Kernels("torch"))
     assert limits.max_total_tokens == got
 
 

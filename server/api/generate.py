@@ -36,6 +36,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 
 _EVENTS: dict[str, Any] = {"text/event-stream": {}}
+_STREAM: dict[str, Any] = {"model": StreamResponse, "content": _EVENTS}
 _BODY = documented(
     GenerateRequest,
     base_model={"inputs": "What is deep learning?", "parameters": {"max_new_tokens": 20}},
@@ -60,7 +61,7 @@ async def generate(request: Request, body: GenerateBody, services: Context, call
     return JSONResponse(content, headers=headers)
 
 
-@router.post("/generate_stream", responses={200: {"model": StreamResponse, "content": _EVENTS}, **REFUSALS}, openapi_extra=_BODY)
+@router.post("/generate_stream", responses={200: _STREAM, **REFUSALS}, openapi_extra=_BODY)
 @requires("infer", action="generate")
 async def generate_stream(request: Request, body: GenerateBody, services: Context, caller: Caller) -> Response:
     """Generate text, one server-sent event per token; the last has `generated_text`.

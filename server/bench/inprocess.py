@@ -123,7 +123,8 @@ class EngineUnderTest:
         methods = build_methods(kernels.lora, kernels.linear, kernels.bottleneck)
         runner = Runner(base, CacheShape(blocks, _BLOCK), methods, kernels.attention, kernels.write)
         budget: int = Settings.model_fields["max_batch_tokens"].default
-        limits = SchedulerLimits(budget, rows, rows, min(base.shape.max_positions, (blocks - 2) * _BLOCK))
+        context = min(base.shape.max_positions, (blocks - 2) * _BLOCK)
+        limits = SchedulerLimits(budget, rows, rows, context, splits_prompts=kernels.splits_prompts)
         return cls(base, runner, limits, Pages(blocks, _BLOCK), slots, kernels.name)
 
     def __enter__(self) -> Self:

@@ -86,6 +86,11 @@ class Row:
         return self.sequence.request is not None and reached == len(self.sequence.ids)
 
     @property
+    def of_prompt(self) -> bool:
+        """Whether these positions were given, not generated. Such that are both are planned as two rows where it matters."""
+        return self.start < self.sequence.prompt_end
+
+    @property
     def reads_hidden(self) -> bool:
         """Whether it is the final hidden states that are wanted, not logits over the vocabulary."""
         return self.sequence.request is not None and self.sequence.request.task in ("classify", "embed")

@@ -70,7 +70,7 @@ class Prefill:
         backlog = backlog_of(prompts)
         floods = self.floods(backlog)
         few = {tenant: Demand(weight(tenant), most) for tenant, most in backlog.items() if tenant not in floods}
-        rest = {tenant: Demand(weight(tenant), backlog[tenant]) for tenant in floods}
+        rest = {tenant: Demand(weight(tenant), most) for tenant, most in backlog.items() if tenant in floods}
         kept = min(extra, self._left(len(few))) if rest else 0
         rooms = self._few.divide(extra - kept, few)
         return rooms | self._floods.divide(extra - sum(rooms.values()), rest)

@@ -33,8 +33,10 @@ class SharedPrefix:
 class Prefixes:
     """Shared prefixes by the root of their hash chain. Invariant: each holds its blocks until it is dropped."""
 
-    def __init__(self, pages: Pages) -> None:
+    def __init__(self, pages: Pages, splits_prompts: bool = False) -> None:
+        """`splits_prompts`: see `SchedulerLimits`."""
         self._pages = pages
+        self._splits_prompts = splits_prompts
         self._prefixes: OrderedDict[bytes, SharedPrefix] = OrderedDict()  # least recently used first
 
     def get(self, seed: bytes) -> SharedPrefix | None:
@@ -160,7 +162,7 @@ class Prefixes:
         """Make its full blocks findable for those of its tenant and adapters that begin as it does."""
         full = sequence.done // self._pages.block_size
         if full > sequence.published:
-            extend_keys(sequence, full, self._pages.block_size)
+            self._extend_keys(sequence, full)
             for index in range(sequence.published, full):
                 self._pages.publish(sequence.blocks[index], sequence.keys[index])
             sequence.published = full
@@ -168,8 +170,11 @@ class Prefixes:
     def _match(self, sequence: Sequence, shared: int) -> list[int]:
         """Cached blocks behind the shared prefix; at least one position is always left to compute."""
         full = (len(sequence.ids) - 1) // self._pages.block_size
-        extend_keys(sequence, full, self._pages.block_size)
+        self._extend_keys(sequence, full)
         return self._pages.match(sequence.keys[shared:full])
+
+    def _extend_keys(self, sequence: Sequence, count: int) -> None:
+        extend_keys(sequence, count, self._pages.block_size, sequence.prompt_end if self._splits_prompts else None)
 
 
 def owner_of(sequence: Sequence) -> Owner:
@@ -185,9 +190,11 @@ def _put_behind(sequence: Sequence, prefix: SharedPrefix) -> None:
     sequence.prompt_end += prefix.length
 
 
-def extend_keys(sequence: Sequence, count: int, block_size: int) -> None:
-    """The hash chain of its first `count` blocks."""
+def extend_keys(sequence: Sequence, count: int, block_size: int, prompt_end: int | None = None) -> None:
+    """The hash chain of its first `count` blocks; with `prompt_end`, positions from there on are others than a prompt's."""
     while len(sequence.keys) < count:
         start = len(sequence.keys) * block_size
+        stop = start + block_size
+        mark = () if prompt_end is None or stop <= prompt_end else (max(0, prompt_end - start),)
         previous = sequence.keys[-1] if sequence.keys else sequence.seed
-        sequence.keys.append(chain_key(previous, sequence.ids[start : start + block_size]))
+        sequence.keys.append(chain_key(previous, (*sequence.ids[start:stop], *mark)))

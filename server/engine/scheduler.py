@@ -45,6 +45,9 @@ class SchedulerLimits:
     prefetch: int = 8  # adapters being loaded, or loaded and waiting, at once
     max_prefill_tokens: int = 0  # per prompt, of a step in which others stream; 0 = as many as the step takes
     speculate: int = 0  # tokens guessed ahead per greedy sequence
+    #: Prompts' positions are computed in another order of sums than generated ones. Neither may then stand for the other: a
+    #: generated block is no part of a later prompt, and what is computed again after a preemption is cut where the prompt ends.
+    splits_prompts: bool = False
 
 
 class _Outcome(Enum):
@@ -71,7 +74,7 @@ class Scheduler:
         self.running: dict[Sequence, None] = {}  # in order of admission
         self._base = base
         self._eos = frozenset(eos)
-        self._prefixes = Prefixes(pages)
+        self._prefixes = Prefixes(pages, limits.splits_prompts)
         self._slots = Slots(residency, limits.patience, limits.prefetch)
         self._checks = Checks(residency, limits.max_total_tokens)
         self._by_id: dict[str, Sequence] = {}
@@ -168,6 +171,8 @@ class Scheduler:
         """Plan so many positions of a sequence, if there are blocks for them; not of one preempted in the meantime."""
         if sequence not in self.running or positions <= 0:
             return False
+        if self.limits.splits_prompts and sequence.done < sequence.prompt_end:
+            positions = min(positions, sequence.prompt_end - sequence.done)
         if not self._reserve(sequence, sequence.done + positions, plan, budget):
             return False
         budget.add(Row(sequence, sequence.done, positions))

@@ -30,8 +30,8 @@ _ADAPTED_KNOWN = 2  # of these, such as have adapters: ops may have gathered wei
 
 
 def order_rows(rows: Sequence[Row]) -> list[Row]:
-    """Decode rows before prefill rows, each sorted by (pool, slot)."""
-    return sorted(rows, key=lambda row: (row.count > 1, sorted(row.sequence.slots.items())))
+    """What was generated before prompts, single tokens before longer rows, each sorted by (pool, slot)."""
+    return sorted(rows, key=lambda row: (row.of_prompt, row.count > 1, sorted(row.sequence.slots.items())))
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,8 @@ class BatchBuilder:
         step.key_starts = self._put(key_starts)
         step.keep = self._put(kept)
         step.spans = tuple(zip(begins, ends, contexts.tolist(), strict=True))
-        step.decodes = number if ends[-1] == number else int((counts == 1).sum())
+        step.decodes = number if ends[-1] == number else int(np.argmax(counts > 1))
+        step.prompt = next((begin for row, begin in zip(rows, begins, strict=True) if row.of_prompt), ends[-1])
         step.taps.clear()
         self._fill_pools(rows, begins, np.searchsorted(kept, bounds).tolist())
 

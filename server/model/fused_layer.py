@@ -49,7 +49,8 @@ def fuse_layers(model: nn.Module, native: NativeKernels) -> int:
         for module, call in calls.items():
             if _replace(module, _layer_forward(module), call):
                 fused += 1
-                _replace(module, _programmed(module, seen, native, space, frame), _copied(call))
+                if _replace(module, _programmed(module, seen, native, space, frame), _copied(call)):
+                    _tile(module, seen, native)
     return fused
 
 
@@ -183,6 +184,13 @@ def _layer_forward(module: nn.Module) -> Callable[..., Any] | None:
         return out
 
     return forward
+
+
+def _tile(module: nn.Module, seen: Mapping[nn.Module, AttentionShape], native: NativeKernels) -> None:
+    """A layer that has a program sees every row of a step, in their order."""
+    parts = layer_parts(module, seen[cast("nn.Module", module.self_attn)])
+    for linear in () if parts is None else parts.linears:
+        native.tile(linear.packed)
 
 
 def _programmed(

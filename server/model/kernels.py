@@ -41,6 +41,7 @@ class Kernels:
     prepare: Callable[..., None] | None = None  # (model): swaps modules of the base for packed and fused ones
     graphable: bool = False  # whether a CUDA graph can hold a step of decodes
     int8: bool = False  # whether `prepare` rounds the base's linear layers to eight bits
+    splits_prompts: bool = False  # whether the base may compute prompts in another order of sums than what is generated
 
 
 def choose_kernels(
@@ -101,4 +102,4 @@ def native_kernels(native: NativeKernels) -> Kernels:
         fuse_model(model, native)
         fuse_layers(model, native)
 
-    return Kernels("native", attention, native.write_kv, lora, linear, bottleneck, prepare)
+    return Kernels("native", attention, native.write_kv, lora, linear, bottleneck, prepare, splits_prompts=native.has_tiles)

@@ -52,7 +52,9 @@ def _seconds(runner: Runner, rows: Sequence[Row]) -> float:
 
 def _decode(runner: Runner, length: int) -> Row:
     """All of them over the same blocks: the time is the same, and no memory is touched that a full step leaves alone."""
-    return Row(_sequence(runner, length), length - 1, 1)
+    sequence = _sequence(runner, length)
+    sequence.prompt_end -= 1
+    return Row(sequence, length - 1, 1)
 
 
 def _chunk(runner: Runner, tokens: int) -> Row:

@@ -77,6 +77,10 @@ class LayerParts:
         """The gate, up and down projections."""
         return cast("tuple[PackedModule, PackedModule, PackedModule]", (self.gated.gate, self.gated.up, self.gated.down))
 
+    @property
+    def linears(self) -> tuple[PackedModule, ...]:
+        return (self.q, self.k, self.v, self.o, *self.feed_forward)
+
     def modules(self) -> Iterator[nn.Module]:
         yield from (self.norm, self.attention, self.q, self.k, self.v, self.o, self.second_norm, self.mlp)
         yield from self.feed_forward
@@ -120,16 +124,19 @@ class Frame:
     def __init__(self) -> None:
         self.words = torch.zeros(library.FRAME_WORDS, dtype=torch.int64)
         self._held: tuple[object, ...] = ()
+        self._prompt = -1
 
     def of(self, step: Step, hidden: Tensor, turn: Turn) -> Tensor:
         held = (hidden, turn, step.write, step.tables, step.starts, step.contexts)
+        if self._prompt != step.prompt:
+            self._prompt, self._held = step.prompt, ()
         if len(held) != len(self._held) or any(a is not b for a, b in zip(held, self._held, strict=True)):
             self._held = held
             cos, sin, turned = (turn[0].data_ptr(), turn[1].data_ptr(), turn[0].shape[-1]) if turn else (0, 0, 0)
             rows, width = step.tables.shape
             tensors = (step.starts.data_ptr(), step.contexts.data_ptr())
             words = (hidden.data_ptr(), cos, sin, turned, step.write.data_ptr(), step.tables.data_ptr(), width, *tensors, rows)
-            self.words.copy_(torch.tensor((*words, hidden.shape[1])))
+            self.words.copy_(torch.tensor((*words, hidden.shape[1], step.prompt)))
         return self.words
 
 
@@ -158,7 +165,8 @@ class LayerProgram:
 
     def run(self, hidden: Tensor, turn: Turn) -> bool:
         """Run the layer in place on hidden [1, T, H]; False where it has to be run as modules, hidden being untouched."""
-        layer = attention_of(self._parts.attention)
+        layer, split = attention_of(self._parts.attention), self._native.split
+        split.first, split.rows = (0, -1) if layer is None else (layer.step.prompt, hidden.shape[1])
         if layer is None or not hidden.is_contiguous() or hidden.dtype is not torch.float32:
             return False
         if turn is not None and not (turn[0].is_contiguous() and turn[1].is_contiguous()):

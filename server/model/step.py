@@ -40,6 +40,7 @@ class Step:
     keep: Tensor = field(default_factory=lambda: _empty(torch.int64))  # [K]
     spans: tuple[tuple[int, int, int], ...] = ()  # (start, stop, context) of each row, on the host
     decodes: int = 0  # the first `decodes` rows have exactly one token each
+    prompt: int = 0  # tokens from this one on are of prompts, those before it were generated
     rows: dict[str, Rows] = field(default_factory=dict)  # pool -> its tokens in this step
     kept_rows: dict[str, Rows] = field(default_factory=dict)  # pool -> its places in `keep`: what the output head sees
     memo: dict[object, object] = field(default_factory=dict)  # for what depends on the composition (`rows`) alone

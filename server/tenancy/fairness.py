@@ -182,7 +182,7 @@ class FairQueue(Generic[T]):
         """Tenants that may start nothing until they are not named here any more; they compete with nobody."""
         changed = self._held ^ (held := frozenset(tenants))
         self._held = held
-        for line in (self._lines[tenant] for tenant in changed if tenant in self._lines):
+        for line in (self._lines[tenant] for tenant in sorted(changed) if tenant in self._lines):
             line.held = line.tenant in held
             self._settle(line)
 

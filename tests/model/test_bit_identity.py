@@ -1,24 +1,26 @@
 """A request's numbers to the last bit: alone, among 31 others of every family, in any chunks, order and after preemption.
 
 With native kernels only: torch's products round by the number of rows that share them, so there a request moves by
-rounding and no more.
+rounding and no more. The base's matrices are exact in bf16, as in most checkpoints: a matrix unit may take part then.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from adapters_store.digest import Digest
 from server.methods import METHODS
 from server.methods.base import Adapter, BaseShape, Checkpoint, Limits, Part
 from server.model.kernels import Kernels, choose_kernels
 from server.model.loader import make_base
+from server.model.native import NativeKernels
 from server.settings import default_home
 from tests.lab import BASE, Lab
 from tests.tiny import ARCHITECTURES, VOCAB, tiny_model
@@ -202,11 +204,25 @@ COMPANIES = {
 }
 
 
-def run(kernels: Kernels, mine: Adapter | None, company: Company, architecture: str = "llama") -> Lab:
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def stored(architecture: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A tiny model whose matrices are exact in `dtype`."""
+    model = tiny_model(architecture)
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            parameter.copy_(parameter.to(dtype))
+    return model
+
+
+def run(
+    kernels: Kernels, mine: Adapter | None, company: Company, architecture: str = "llama", dtype: torch.dtype = BF16
+) -> Lab:
     """A lab in which the request "me" has come to its end among the company."""
     known = {each.digest: each for each in (*company.adapters, *([mine] if mine else []))}
     lab = Lab(
-        tiny_model(architecture), known, kernels=kernels, max_batch_tokens=company.budget, blocks=company.blocks, slots=64,
+        stored(architecture, dtype), known, kernels=kernels, max_batch_tokens=company.budget, blocks=company.blocks, slots=64,
         max_total_tokens=64,
     )  # fmt: skip
     if not company.last:
@@ -269,12 +285,54 @@ def test_native_bits_do_not_depend_on_where_a_prompt_is_cut(family: str, budget:
 ROUNDED = {"mixtral"}
 
 
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES.keys() - {"llama"}))
-def test_native_bits_of_every_architecture_are_the_same_in_company(architecture: str, native: Kernels) -> None:
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_native_bits_of_every_architecture_are_the_same_in_company(
+    architecture: str, dtype: torch.dtype, native: Kernels
+) -> None:
     company = Company(adapters=(), budget=35)
-    alone, among = (run(native, None, each, architecture).logits("me") for each in (ALONE, company))
+    alone, among = (run(native, None, each, architecture, dtype).logits("me") for each in (ALONE, company))
     assert torch.equal(among, alone) or architecture in ROUNDED
     torch.testing.assert_close(among, alone, rtol=0, atol=1e-4)
+
+
+def test_a_matrix_unit_takes_part_where_there_is_one(native: Kernels) -> None:
+    """Else what is above would say nothing of it: the bits of prompts are others, and near."""
+    if not native.splits_prompts:
+        pytest.skip("no matrix unit here")
+    vectors = replace(native, prepare=_without_tiles(native))
+    with_it, without = (run(kernels, None, ALONE).logits("me") for kernels in (native, vectors))
+    assert not torch.equal(with_it, without)
+    torch.testing.assert_close(with_it, without, rtol=0, atol=1e-4)
+
+
+def _without_tiles(native: Kernels) -> Callable[..., None]:
+    def prepare(model: PreTrainedModel) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(NativeKernels, "tile", lambda *linears: None)
+            assert native.prepare is not None
+            native.prepare(model)
+
+    return prepare
+
+
+def test_the_next_turn_of_a_conversation_has_the_bits_that_it_has_without_the_first(native: Kernels) -> None:
+    """What was generated is another turn's prompt: found in the cache only where that makes no difference."""
+    text = [*PROMPT, *by_itself(native, "base").tokens("me"), 20, 21]
+
+    def answer(*before: int) -> tuple[Tensor, int]:
+        lab = Lab(stored("llama", BF16), {}, kernels=native, max_total_tokens=64)
+        if before:
+            lab.submit("first", list(before), max_new_tokens=12)
+            lab.run()
+        lab.submit("me", text, max_new_tokens=12)
+        lab.run()
+        return lab.logits("me"), lab.ending("me").cached_tokens
+
+    (fresh, none), (again, cached) = answer(), answer(*PROMPT)
+    assert none == 0
+    assert cached == (4 if native.splits_prompts else 16)  # whole blocks of 4: of the 7 that were given, or of the 18 computed
+    assert torch.equal(again, fresh)
 
 
 @pytest.mark.parametrize("family", ["lora", "bottleneck"])

@@ -169,7 +169,7 @@ def native() -> NativeKernels:
 
 
 def frame(hidden: Tensor, **words: int) -> Tensor:
-    names = ("hidden", "cos", "sin", "turned", "write", "tables", "width", "cu", "ctx", "rows", "tokens")
+    names = ("hidden", "cos", "sin", "turned", "write", "tables", "width", "cu", "ctx", "rows", "tokens", "prompt")
     return torch.tensor([{"hidden": hidden.data_ptr(), "tokens": len(hidden), **words}.get(name, 0) for name in names])
 
 
@@ -206,6 +206,6 @@ def test_a_program_that_breaks_a_rule_runs_nothing(native: NativeKernels) -> Non
 
 def test_programs_and_frames_of_another_shape_are_refused(native: NativeKernels) -> None:
     with pytest.raises(ValueError, match="program must be"):
-        native.layer(torch.zeros(1, 3, dtype=torch.int64), torch.zeros(11, dtype=torch.int64))
+        native.layer(torch.zeros(1, 3, dtype=torch.int64), torch.zeros(12, dtype=torch.int64))
     with pytest.raises(ValueError, match="frame must be"):
         native.layer(instructions((0,)), torch.zeros(3, dtype=torch.int64))

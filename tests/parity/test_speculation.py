@@ -138,7 +138,10 @@ def test_prompt_scores_are_those_without_guesses(zoo: Zoo, kernels: Kernels) -> 
 
 
 def test_what_a_wrong_guess_left_in_the_cache_is_never_found(zoo: Zoo, kernels: Kernels) -> None:
-    """A second request over the whole of the first one's text, from the prefix cache, goes on as one computed anew."""
+    """A second request over the whole of the first one's text, from the prefix cache, goes on as one computed anew.
+
+    Where prompts are computed apart, what was generated is no part of a later prompt, guessed rightly or not.
+    """
     truth = ask(zoo, zoo.lab(kernels=kernels))
     lab = zoo.lab(kernels=kernels, speculate=5)
     see(lab, truth)
@@ -150,5 +153,6 @@ def test_what_a_wrong_guess_left_in_the_cache_is_never_found(zoo: Zoo, kernels: 
         each.scheduler._speculation.guess = lambda sequence, room: ()  # type: ignore[method-assign]
         each.submit("again", text, max_new_tokens=8)
         each.run()
-    assert lab.ending("again").cached_tokens > len(text) - 8
+    known = PROMPT if kernels.splits_prompts else text
+    assert len(known) - 8 < lab.ending("again").cached_tokens <= len(known)
     check(tokens_of(lab, "again"), tokens_of(fresh, "again"))

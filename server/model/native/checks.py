@@ -15,7 +15,7 @@ from torch import Tensor
 from . import reference
 from .build import NativeUnavailable
 from .int8 import Int8Weight
-from .library import NativeKernels
+from .library import NativeKernels, Split
 
 TOLERANCE = 1e-4  # absolute, on values of size about 1 after sums of at most 70 products
 
@@ -45,6 +45,24 @@ def _linear(kernels: NativeKernels, random: Random) -> Pair:
     if not torch.equal(got[28], got[13]) or not torch.equal(got[29], got[27]):
         raise NativeUnavailable("the self-check of linear failed: a row's bits depend on the number of rows")
     return got, torch.cat([*want, want[0][13:], want[1][13:]])
+
+
+def _tiles(kernels: NativeKernels, random: Random) -> Pair:
+    """A tiled bf16 weight, for rows before a prompt and for few and many rows of one."""
+    if not kernels.has_tiles:
+        return torch.empty(0), torch.empty(0)
+    many = 64 * torch.get_num_threads() + 14
+    x, weight, bias, split = random(many, 37), random(70, 37).bfloat16(), random(70), Split()
+    linear, plain = kernels.packed_linear(weight, bias), kernels.packed_linear(weight, bias)
+    linear.tile(split)
+    if not torch.equal(linear(x), plain(x)):
+        raise NativeUnavailable("the self-check of tiles failed: rows of no prompt have other bits than without tiles")
+    split.first, split.rows = 5, many
+    got = linear(x)
+    split.first, split.rows = 0, 2
+    if not torch.equal(got[:5], plain(x[:5])) or not torch.equal(linear(x[13:15]), got[13:15]):
+        raise NativeUnavailable("the self-check of tiles failed: a row's bits depend on the other rows")
+    return got, reference.linear(x, weight, bias)
 
 
 def _lora(kernels: NativeKernels, random: Random) -> Pair:
@@ -119,6 +137,7 @@ def _rotary(kernels: NativeKernels, random: Random) -> Pair:
 
 _CHECKS: dict[str, Callable[[NativeKernels, Random], Pair]] = {
     "linear": _linear,
+    "tiles": _tiles,
     "int8": _int8,
     "lora": _lora,
     "bottleneck": _bottleneck,

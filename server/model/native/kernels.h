@@ -19,9 +19,14 @@ inline bool all_within(const std::int64_t *values, index_t n, index_t limit) {
 void rotate(float *x, const float *cos, const float *sin, index_t half);
 
 // How a packed linear's weights are stored.
-enum Form { FP32, BF16, INT8 };
+enum Form { FP32, BF16, INT8, TILES };
+// TILES: rows from `prompt` on go through the matrix unit, those before it as all rows of other forms do; `space` is the
+// team's own, tiles_space(k) halves of a word on a 64-byte border.
 void team_linear(int form, const float *x, const void *panels, const float *bias, float *y, index_t m, index_t n,
-                 index_t k);
+                 index_t k, index_t prompt, std::uint16_t *space);
+index_t tiles_space(index_t k);
+void team_tiles(const float *x, const void *panels, const float *bias, float *y, index_t m, index_t n, index_t k,
+                std::uint16_t *pieces);
 
 // y[index[i]] += B[slot[i]] (A[slot[i]] x[index[i]]) for rows whose slots are cut into groups beforehand.
 struct LoraGroups;

@@ -4,6 +4,7 @@
 //
 // A call per kernel costs a trip through Python and the start of a team each; with some five hundred kernels in a step
 // that is more than the kernels of a small step themselves.
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -19,7 +20,7 @@ enum Kind : std::int64_t { NORM, LINEAR, LORA, WRITE, ATTEND, ADD, SILU_MUL, GEL
 
 // What changes from step to step; every pointer as an integer, like the words of an instruction.
 struct Frame {
-    std::int64_t hidden, cos, sin, turned, write, tables, table_width, cu, ctx, rows, tokens;
+    std::int64_t hidden, cos, sin, turned, write, tables, table_width, cu, ctx, rows, tokens, prompt;
 };
 
 template <typename T>
@@ -61,6 +62,7 @@ AttentionCall attention_call(const Instruction &i) {
 struct Ready {
     std::shared_ptr<LoraGroups> groups;
     std::shared_ptr<AttentionPlan> plan;
+    index_t space = 0;
 };
 
 // The rows an adapter acts on: index, slot, their number and the number of slots, from word `first` on.
@@ -72,6 +74,7 @@ int rows_rule(const Instruction &i, int first) {
 
 // 0, or 1000 * kind + the number of the rule that is broken.
 int prepare(const Instruction &i, Ready &ready) {
+    if (i.kind() == LINEAR && i[0] == TILES) ready.space = tiles_space(i[6]);
     if (i.kind() == LORA) {
         if (int rule = rows_rule(i, 5)) return rule;
         ready.groups = lora_groups(at<std::int64_t>(i[6]), i[7]);
@@ -97,12 +100,13 @@ void bottleneck(const Instruction &i, const LoraGroups &groups) {
               i[11], at<float>(i[12]), &between);
 }
 
-void run(const Instruction &i, const Ready &ready) {
+void run(const Instruction &i, const Ready &ready, std::uint16_t *space) {
     index_t tokens = i.frame->tokens;
     switch (i.kind()) {
         case NORM: return team_rms_norm(i.rows(0), at<float>(i[2]), i.rows(1), tokens, i[3], number(i[4]));
         case LINEAR:
-            return team_linear(static_cast<int>(i[0]), i.rows(1), at<void>(i[2]), at<float>(i[3]), i.rows(4), tokens, i[5], i[6]);
+            return team_linear(static_cast<int>(i[0]), i.rows(1), at<void>(i[2]), at<float>(i[3]), i.rows(4), tokens, i[5], i[6],
+                               i.frame->prompt, space);
         case LORA:
             return team_lora(i[0] != 0, i.rows(1), i.rows(2), at<void>(i[3]), at<void>(i[4]), at<std::int64_t>(i[5]),
                              *ready.groups, i[7], i[9], i[10], i[11], at<float>(i[12]));
@@ -122,19 +126,23 @@ void run(const Instruction &i, const Ready &ready) {
 }  // namespace
 }  // namespace adapterd
 
-// program [count][16] words, frame [11] words. Returns 0, or 1000 * kind + rule where an index is out of range
+// program [count][16] words, frame [12] words. Returns 0, or 1000 * kind + rule where an index is out of range
 // (nothing has run then), or -1 for an unknown instruction.
 ADAPTERD_EXPORT int adapterd_layer(const std::int64_t *program, std::int64_t count, const std::int64_t *frame_words) {
     using namespace adapterd;
     Frame frame;
     std::memcpy(&frame, frame_words, sizeof frame);
     std::vector<Ready> ready(count);
+    index_t space = 0;
     for (index_t i = 0; i < count; i++) {
         Instruction instruction{program + i * WORDS, &frame};
         if (instruction.kind() < NORM || instruction.kind() > BOTTLENECK) return -1;
         if (int rule = prepare(instruction, ready[i])) return rule;
+        space = std::max(space, ready[i].space);
     }
+    static thread_local Scratch scratch;
+    auto *halves = scratch.of<std::uint16_t>(space);
 #pragma omp parallel num_threads(threads)
-    for (index_t i = 0; i < count; i++) run(Instruction{program + i * WORDS, &frame}, ready[i]);
+    for (index_t i = 0; i < count; i++) run(Instruction{program + i * WORDS, &frame}, ready[i], halves);
     return 0;
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ _L = _LONG
 
 #: Run without the GIL, as torch's own operators do: other threads answer clients meanwhile.
 _LONG_CALLS: dict[str, tuple[Any, ...]] = {
-    "linear": (_INT, _P, _P, _P, _P, _L, _L, _L),
+    "linear": (_INT, _P, _P, _P, _P, _L, _L, _L, _L),
     "lora": (_INT, _P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _L),
     "bottleneck": (_INT, *[_P] * 8, *[_L] * 5),
     "attention": (_P, _L, _L, _P, _P, _L, _L, _L, _L, _P, _L, _P, _P, _L, _L, _L, _FLOAT, _L, _FLOAT, _P),
@@ -38,6 +39,7 @@ _LONG_CALLS: dict[str, tuple[Any, ...]] = {
 #: Microseconds each: giving the GIL away could cost a whole switch interval (5 ms) to get it back.
 _SHORT_CALLS: dict[str, tuple[Any, ...]] = {
     "set_threads": (_INT,),
+    "tiles": (),
     "write_kv": (_P, _L, _L, _P, _L, _L, _P, _P, _P, _L, _L, _L, _L),
     "rms_norm": (_P, _P, _P, _L, _L, _FLOAT),
     "layer_norm": (_P, _P, _P, _P, _L, _L, _FLOAT),
@@ -47,6 +49,8 @@ _SHORT_CALLS: dict[str, tuple[Any, ...]] = {
 }
 #: These return the number of the rule that an argument breaks.
 _CHECKED = frozenset({"lora", "bottleneck", "attention", "attend", "write_kv", "layer"})
+
+_ANSWERING = _CHECKED | {"tiles"}
 
 _LORA_RULES = ("", "index names a row outside x", "slot names a slot outside the pool")
 _ATTENTION_RULES = (
@@ -60,7 +64,7 @@ _WRITE_RULES = ("", _ATTENTION_RULES[-1])
 
 #: Instructions of a layer, in the order of `Kind` in layer.cpp.
 NORM, LINEAR, LORA, WRITE, ATTEND, ADD, SILU_MUL, GELU_TANH_MUL, ADD_ROWS, MUL_ROWS, BOTTLENECK = range(11)
-INSTRUCTION_WORDS, FRAME_WORDS = 16, 11
+INSTRUCTION_WORDS, FRAME_WORDS = 16, 12
 _LAYER_RULES = {LORA: _LORA_RULES, WRITE: _WRITE_RULES, ATTEND: _ATTENTION_RULES}
 
 _fp32 = torch.float32
@@ -113,23 +117,57 @@ def unpack(panels: Tensor, n: int) -> Tensor:
     return panels.view(count, k, PANEL // 2, 2).permute(0, 3, 2, 1).reshape(count * PANEL, k)[:n]
 
 
+def pack_tiles(weight: Tensor) -> Tensor:
+    """weight [N, K] bf16 -> AMX tiles [ceil(N / 32), ceil(K / 32), 2, 16, 16, 2], zero padded; see tiles.cpp.
+
+    Raises: ValueError when the weight is not bf16.
+    """
+    if weight.dtype is not torch.bfloat16 or weight.ndim != 2:
+        raise ValueError(f"weight must be bf16 with 2 dimensions, got {weight.dtype} {list(weight.shape)}")
+    n, k = weight.shape
+    panels, steps = -(-n // PANEL), -(-k // PANEL)
+    padded = F.pad(weight.detach(), (0, steps * PANEL - k, 0, panels * PANEL - n))
+    return padded.reshape(panels, 2, 16, steps, 16, 2).permute(0, 3, 1, 4, 2, 5).contiguous()
+
+
+def unpack_tiles(tiles: Tensor, n: int, k: int) -> Tensor:
+    """The weight [N, K] that `pack_tiles` was given, bit for bit."""
+    panels, steps = tiles.shape[:2]
+    return tiles.permute(0, 2, 4, 1, 3, 5).reshape(panels * PANEL, steps * PANEL)[:n, :k].contiguous()
+
+
 #: Of bottlenecks, in the order of `Activation` in bottleneck.cpp; the names are those of `server.methods.activations`.
 ACTIVATIONS = (
     "linear", "relu", "relu2", "relu6", "leaky_relu", "sigmoid", "silu", "quick_gelu", "tanh", "gelu_tanh", "gelu",
     "gelu_10", "hardswish", "laplace", "mish",
 )  # fmt: skip
 
-#: Storage of a packed weight, in the order of `Form` in kernels.h.
+#: Storage of a packed weight, in the order of `Form` in kernels.h; behind them bf16 in AMX tiles.
 _FORMS = (torch.float32, torch.bfloat16, torch.int8)
+_TILES = len(_FORMS)
+
+
+@dataclass
+class Split:
+    """Which rows of the step that is computed are a prompt's: those from `first` on, of `rows` in all.
+
+    They may go through the matrix unit, which adds in another order than vectors do. A position's arithmetic must not depend
+    on the step it happens to be in, so what decides is what it is, and nothing else: whatever has another number of rows than
+    the step (the output head, experts) is left to vectors.
+    """
+
+    first: int = 0
+    rows: int = -1
 
 
 class PackedLinear:
-    """x W^T + b over a weight repacked for the CPU. Invariant: `panels` and `bias` never move, their addresses are kept."""
+    """x W^T + b over a weight repacked for the CPU. Invariant: `panels` and `bias` keep their addresses while it is used."""
 
-    __slots__ = ("_bias_at", "_form", "_panels_at", "_run", "bias", "in_features", "out_features", "panels")
+    __slots__ = ("_bias_at", "_form", "_panels_at", "_run", "_split", "bias", "in_features", "out_features", "panels")
 
     def __init__(self, run: Callable[..., None], weight: Tensor | Int8Weight, bias: Tensor | None) -> None:
         self._run = run
+        self._split: Split | None = None
         self.panels = pack_int8(weight) if isinstance(weight, Int8Weight) else pack(weight)
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else bias.detach().to(_fp32).contiguous()
@@ -139,14 +177,24 @@ class PackedLinear:
         self._panels_at = self.panels.data_ptr()
         self._bias_at = None if self.bias is None else self.bias.data_ptr()
 
+    def tile(self, split: Split) -> None:
+        """Repack a bf16 weight in tiles, so that rows of prompts go through the matrix unit; others stay as they are.
+
+        Only for what sees every row of a step, in the step's order, and before its address is given away.
+        """
+        if self.panels.dtype is torch.bfloat16 and self._split is None:
+            self.panels = pack_tiles(self.unpack())
+            self._form, self._panels_at, self._split = _TILES, self.panels.data_ptr(), split
+
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K] fp32 contiguous -> [..., N]."""
         *rows, k = x.shape
         if x.dtype is not _fp32 or k != self.in_features or not x.is_contiguous() or not x.is_cpu:
             _check("x", x, _fp32, (*rows, self.in_features))
         y = torch.empty((*rows, self.out_features), dtype=_fp32)
-        n = self.out_features
-        self._run(self._form, x.data_ptr(), self._panels_at, self._bias_at, y.data_ptr(), y.numel() // n, n, k)
+        n, m, split = self.out_features, y.numel() // self.out_features, self._split
+        prompt = split.first if split is not None and split.rows == m else m
+        self._run(self._form, x.data_ptr(), self._panels_at, self._bias_at, y.data_ptr(), m, n, k, prompt)
         return y
 
     def words(self, x: int, y: int) -> tuple[int, ...]:
@@ -157,6 +205,8 @@ class PackedLinear:
         """The weight [N, K] in its own dtype, bit for bit; one of int8 as the fp32 matrix it stands for."""
         if self.panels.dtype is torch.int8:
             return unpack_int8(self.panels, self.out_features).widened()
+        if self._form == _TILES:
+            return unpack_tiles(self.panels, self.out_features, self.in_features)
         return unpack(self.panels, self.out_features)
 
     @property
@@ -262,6 +312,8 @@ class NativeKernels:
         self._rms_norm, self._layer_norm = calls["rms_norm"], calls["layer_norm"]
         self._silu_mul, self._gelu_tanh_mul = calls["silu_mul"], calls["gelu_tanh_mul"]
         self._set_threads = calls["set_threads"]
+        self.has_tiles = bool(calls["tiles"]())  # AMX
+        self.split = Split()  # written before each step by whoever runs it
         self.set_threads(torch.get_num_threads())
 
     def set_threads(self, count: int) -> None:
@@ -271,6 +323,11 @@ class NativeKernels:
     def packed_linear(self, weight: Tensor | Int8Weight, bias: Tensor | None = None) -> PackedLinear:
         """A copy of weight [N, K] (fp32, bf16 or int8, kept as it is) packed for this library."""
         return PackedLinear(self._linear, weight, bias)
+
+    def tile(self, linear: PackedLinear) -> None:
+        """Have it use the matrix unit for rows of prompts, where there is one; see `PackedLinear.tile`."""
+        if self.has_tiles:
+            linear.tile(self.split)
 
     def lora(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, index: Tensor, slot: Tensor) -> None:
         """y[index[i]] += (x[index[i]] @ a[slot[i]].T) @ b[slot[i]], in place, on these rows only.
@@ -397,7 +454,7 @@ class NativeKernels:
         return out
 
     def layer(self, program: Tensor, frame: Tensor) -> None:
-        """Run a decoder layer's instructions: program [count, 16], frame [11], int64 words as `layer.cpp` reads them.
+        """Run a decoder layer's instructions: program [count, 16], frame [12], int64 words as `layer.cpp` reads them.
 
         Addresses in them are not checked; index ranges are. Raises: ValueError naming the rule that an index breaks.
         """
@@ -483,5 +540,5 @@ class NativeKernels:
 def _bind(library: ctypes.CDLL, name: str, arguments: tuple[Any, ...]) -> Callable[..., Any]:
     function = library[f"adapterd_{name}"]
     function.argtypes = arguments
-    function.restype = _INT if name in _CHECKED else None
+    function.restype = _INT if name in _ANSWERING else None
     return function

@@ -3,6 +3,7 @@
 //
 //   weight [N, K]  ->  panels [ceil(N / 32)][K][32], zero padded; a panel is read front to back, once per block of rows
 //   int8: each panel begins with the fp32 scales of its 32 columns, by which the finished sums are multiplied
+//   tiles: bf16 as `tiles.cpp` lays it out, read here for the rows that are not a prompt's
 //
 // Few rows: bound by reading the panels. Many rows: bound by arithmetic, so a block of rows stays in the second-level
 // cache while the panels pass. bf16 and int8 are widened in registers at any number of rows: that costs less than a
@@ -69,12 +70,14 @@ Ahead next_panel(const void *panel, index_t row_bytes, index_t k, Block block) {
 }
 
 void one_panel(const Call &c, Block block, index_t p, int form) {
-    index_t row_bytes = PANEL * (form == INT8 ? 1 : form == BF16 ? 2 : 4);
+    index_t row_bytes = PANEL * (form == INT8 ? 1 : form == FP32 ? 4 : 2), depth = form == TILES ? (c.k + 31) / 32 * 32 : c.k;
     index_t header = form == INT8 ? PANEL * sizeof(float) : 0, column = p * PANEL;
-    const char *scales = static_cast<const char *>(c.panels) + p * (header + c.k * row_bytes), *panel = scales + header;
-    Ahead ahead = next_panel(panel, row_bytes, c.k, block);
+    const char *scales = static_cast<const char *>(c.panels) + p * (header + depth * row_bytes), *panel = scales + header;
+    Ahead ahead = next_panel(panel, row_bytes, depth, block);
     if (form == INT8)
         panel_product(c, block, column, Rows<std::int8_t>{reinterpret_cast<const std::int8_t *>(panel), PANEL}, ahead);
+    else if (form == TILES)
+        panel_product(c, block, column, TiledPanel{reinterpret_cast<const std::uint32_t *>(panel)}, ahead);
     else if (form == BF16)
         panel_product(c, block, column, PairedPanel{reinterpret_cast<const std::uint32_t *>(panel)}, ahead);
     else
@@ -83,30 +86,38 @@ void one_panel(const Call &c, Block block, index_t p, int form) {
     if (c.bias) add_bias(c, block, column);
 }
 
-}  // namespace
-
-void team_linear(int form, const float *x, const void *panels, const float *bias, float *y, index_t m, index_t n,
-                 index_t k) {
-    Call call{x, panels, bias, y, m, n, k};
-    index_t fitting = BLOCK_BYTES / (4 * (k > 0 ? k : 1)) / MAX_ROWS * MAX_ROWS;
+void team_panels(const Call &call, int form) {
+    index_t fitting = BLOCK_BYTES / (4 * (call.k > 0 ? call.k : 1)) / MAX_ROWS * MAX_ROWS;
     index_t height = fitting > 4 * MAX_ROWS ? fitting : 4 * MAX_ROWS;
-    index_t blocks = (m + height - 1) / height, count = (n + PANEL - 1) / PANEL;
+    index_t blocks = (call.m + height - 1) / height, count = (call.n + PANEL - 1) / PANEL;
 #pragma omp for schedule(static)
     for (index_t task = 0; task < blocks * count; task++) {
         index_t b = task / count;
-        Block block{m * b / blocks, m * (b + 1) / blocks};
+        Block block{call.m * b / blocks, call.m * (b + 1) / blocks};
         one_panel(call, block, task % count, form);
     }
+}
+
+}  // namespace
+
+void team_linear(int form, const float *x, const void *panels, const float *bias, float *y, index_t m, index_t n,
+                 index_t k, index_t prompt, std::uint16_t *space) {
+    index_t before = form == TILES && prompt < m ? prompt : m;
+    if (before) team_panels({x, panels, bias, y, before, n, k}, form);
+    if (before < m) team_tiles(x + before * k, panels, bias, y + before * n, m - before, n, k, space);
 }
 
 }  // namespace adapterd
 
 ADAPTERD_EXPORT void adapterd_set_threads(int count) { adapterd::threads = count < 1 ? 1 : count; }
 
-// x [m, k], panels as above (form: 0 fp32, 1 paired bf16, 2 int8), bias [n] or null, y [m, n].
+// x [m, k], panels as above (form: 0 fp32, 1 paired bf16, 2 int8, 3 tiles), bias [n] or null, y [m, n]; of tiles, rows from
+// `prompt` on go through the matrix unit.
 ADAPTERD_EXPORT void adapterd_linear(int form, const float *x, const void *panels, const float *bias, float *y,
-                                     std::int64_t m, std::int64_t n, std::int64_t k) {
+                                     std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t prompt) {
     using namespace adapterd;
+    static thread_local Scratch scratch;
+    auto *space = form == TILES && prompt < m ? scratch.of<std::uint16_t>(tiles_space(k)) : nullptr;
 #pragma omp parallel num_threads(threads) if (m * n * k > PARALLEL_WORK)
-    team_linear(form, x, panels, bias, y, m, n, k);
+    team_linear(form, x, panels, bias, y, m, n, k, prompt, space);
 }

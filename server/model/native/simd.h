@@ -12,6 +12,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <type_traits>
 #include <utility>
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -27,6 +28,7 @@
 
 #define ADAPTERD_EXPORT extern "C" __attribute__((visibility("default")))
 #define ADAPTERD_INLINE inline __attribute__((always_inline))
+#define ADAPTERD_LAMBDA __attribute__((always_inline))
 
 namespace adapterd {
 
@@ -219,6 +221,21 @@ struct PairedPanel {  // bf16 panel: word j of a row holds column j (low half) a
     }
 };
 
+// bf16 panel in tiles of 32 k by 16 columns: word (j, c) of a tile holds k = 2j (low half) and 2j + 1 (high half).
+struct TiledPanel {
+    const std::uint32_t *p;
+    static constexpr index_t SIDE = 16, TILE = SIDE * SIDE;
+    template <int V>
+    ADAPTERD_INLINE void rows(std::size_t k, vf (&even)[V], vf (&odd)[V]) const {
+        const std::uint32_t *at = p + k / (2 * SIDE) * (PANEL / SIDE * TILE) + k % (2 * SIDE) / 2 * SIDE;
+        for (int v = 0; v < V; v++) {
+            vu pair = *reinterpret_cast<const vu_loose *>(at + v * LANES / SIDE * TILE + v * LANES % SIDE);
+            even[v] = (vf)(pair << 16);
+            odd[v] = (vf)(pair & 0xffff0000u);
+        }
+    }
+};
+
 struct Ahead {  // memory wanted soon, fetched while the tile computes: `step` bytes for every k
     const void *p;
     index_t step;
@@ -234,15 +251,31 @@ ADAPTERD_INLINE void tile(const float *x, index_t ldx, W w, index_t depth, float
     // One base per three rows keeps every address in base + {0, 1, 2} * stride form: no row pointer is spilled.
     const float *base[(R + 2) / 3];
     for (int g = 0; g < (R + 2) / 3; g++) base[g] = x + 3 * g * ldx;
-    for (index_t k = 0; k < depth; k++) {
-        vf row[V];
-        w.row(k, row);
+    auto add = [&](index_t k, const vf (&row)[V]) ADAPTERD_LAMBDA {
         __builtin_prefetch(static_cast<const char *>(ahead.p) + k * ahead.step, 0, 2);
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++) {
             float factor = base[r / 3][(r % 3) * ldx + k];
 #pragma GCC unroll 8
             for (int v = 0; v < V; v++) acc[r][v] += factor * row[v];
+        }
+    };
+    if constexpr (std::is_same_v<W, TiledPanel>) {
+        vf even[V], odd[V];
+        for (index_t k = 0; k + 1 < depth; k += 2) {
+            w.rows(k, even, odd);
+            add(k, even);
+            add(k + 1, odd);
+        }
+        if (depth % 2) {
+            w.rows(depth - 1, even, odd);
+            add(depth - 1, even);
+        }
+    } else {
+        for (index_t k = 0; k < depth; k++) {
+            vf row[V];
+            w.row(k, row);
+            add(k, row);
         }
     }
     for (int r = 0; r < R; r++)
@@ -273,14 +306,19 @@ __attribute__((noinline)) void product(index_t rows, const float *x, index_t ldx
 // A thread's scratch memory; it only grows, and its content is whatever the last user left.
 class Scratch {
   public:
-    float *floats(std::size_t count) {
-        if (count > held_) {
+    float *floats(std::size_t count) { return of<float>(count); }
+
+    template <typename T>
+    T *of(std::size_t count) {
+        std::size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
+        if (bytes > held_) {
             std::free(p_);
-            p_ = std::aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64);
+            held_ = 0;
+            p_ = std::aligned_alloc(64, bytes);
             if (!p_) throw std::bad_alloc();
-            held_ = count;
+            held_ = bytes;
         }
-        return static_cast<float *>(p_);
+        return static_cast<T *>(p_);
     }
     ~Scratch() { std::free(p_); }
 

@@ -1,0 +1,144 @@
+"""AMX tiles: fp32's accuracy out of bf16 pieces, and a row's bits the same in any company, on any threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from server.model.native import NativeKernels, NativeUnavailable, open_library, reference
+from server.model.native.build import find_compiler
+from server.model.native.library import Split, pack_tiles, unpack_tiles
+
+quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(scope="session")
+def kernels() -> Iterator[NativeKernels]:
+    try:
+        find_compiler()
+    except NativeUnavailable as reason:
+        pytest.skip(str(reason))
+    opened = open_library(Path(__file__).parents[2] / ".pytest_cache" / "native-kernels", print)
+    if not opened.has_tiles:
+        pytest.skip("this processor has no AMX tiles, or the kernel keeps them back")
+    opened.set_threads(1)
+    yield opened
+    opened.set_threads(torch.get_num_threads())
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def matrix(n: int, k: int) -> Tensor:
+    return random(n, k, seed=1).bfloat16()
+
+
+class Tiled:
+    """A weight in tiles beside the same in panels."""
+
+    def __init__(self, kernels: NativeKernels, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.plain, self.tiled, self.split = kernels.packed_linear(weight, bias), kernels.packed_linear(weight, bias), Split()
+        self.tiled.tile(self.split)
+
+    def __call__(self, x: Tensor, first: int = 0) -> Tensor:
+        """With rows of a prompt from `first` on."""
+        self.split.first, self.split.rows = first, len(x)
+        return self.tiled(x)
+
+
+@quick
+@given(m=st.integers(1, 150), n=st.integers(1, 100), k=st.integers(1, 130), bias=st.booleans())
+def test_tiles_equal_torch(kernels: NativeKernels, m: int, n: int, k: int, bias: bool) -> None:
+    x, weight, shift = random(m, k), matrix(n, k), random(n, seed=2) if bias else None
+    want = reference.linear(x, weight, shift)
+    torch.testing.assert_close(Tiled(kernels, weight, shift)(x), want, rtol=1e-4, atol=1e-4)
+
+
+@quick
+@given(m=st.integers(1, 40), n=st.integers(1, 100), k=st.integers(1, 130), first=st.integers(0, 40))
+def test_rows_before_a_prompt_have_the_bits_that_they_have_without_tiles(
+    kernels: NativeKernels, m: int, n: int, k: int, first: int
+) -> None:
+    x, first = random(m, k), min(first, m)
+    linear = Tiled(kernels, matrix(n, k), random(n, seed=2))
+    got = linear(x, first)
+    assert torch.equal(got[:first], linear.plain(x)[:first])
+    assert torch.equal(got[first:], linear(x)[first:])
+
+
+def test_what_is_not_the_step_is_left_to_vectors(kernels: NativeKernels) -> None:
+    linear, x = Tiled(kernels, matrix(75, 97)), random(9, 97)
+    linear.split.first, linear.split.rows = 0, 8
+    assert torch.equal(linear.tiled(x), linear.plain(x))
+
+
+def test_tiles_are_no_less_exact_than_fp32_arithmetic(kernels: NativeKernels) -> None:
+    x, weight = random(200, 576), matrix(96, 576)
+    exact, linear = x.double() @ weight.double().T, Tiled(kernels, weight)
+    assert (linear(x) - exact).abs().max() <= (linear.plain(x) - exact).abs().max()
+
+
+def test_the_pieces_of_a_number_are_all_of_it(kernels: NativeKernels) -> None:
+    """Over the identity every bit of a number comes back, from the largest to those near the smallest."""
+    x = random(40, 33) * torch.logspace(-30, 38, 40).unsqueeze(1)
+    x[0, 0], x[1, 1] = torch.finfo(torch.float32).max, -torch.finfo(torch.float32).max
+    assert torch.equal(Tiled(kernels, torch.eye(33).bfloat16())(x), x)
+
+
+def test_a_row_has_the_same_bits_in_any_company_and_on_any_threads(kernels: NativeKernels) -> None:
+    x, linear = random(500, 97), Tiled(kernels, matrix(75, 97), random(75, seed=2))
+    alone = linear(x[5:6])[0]
+    for threads in (1, 2, 3):
+        kernels.set_threads(threads)
+        for rows in (6, 15, 16, 17, 63, 64, 65, 128, 200, 500):
+            assert torch.equal(linear(x[:rows])[5], alone)
+            assert torch.equal(linear(x[5 : rows + 5])[0], alone)
+            assert torch.equal(linear(x[:rows], first=3)[5], alone)
+    kernels.set_threads(1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("rows", [20, 90])
+def test_what_is_not_finite_stays_in_its_row(kernels: NativeKernels, value: float, rows: int) -> None:
+    x, linear = random(rows, 33), Tiled(kernels, matrix(40, 33))
+    clean = linear(x)
+    x[7, 3] = value
+    got = linear(x)
+    assert not got[7].isfinite().any()
+    others = [row for row in range(rows) if row != 7]
+    assert torch.equal(got[others], clean[others])
+
+
+def test_a_row_reads_nothing_that_an_earlier_call_left_behind(kernels: NativeKernels) -> None:
+    linear = Tiled(kernels, matrix(40, 33))
+    clean = linear(random(3, 33))
+    linear(torch.full((64, 33), float("nan")))
+    assert torch.equal(linear(random(3, 33)), clean)
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (33, 31), (70, 37), (64, 96)])
+def test_unpack_gives_the_weight_back(n: int, k: int) -> None:
+    assert torch.equal(unpack_tiles(pack_tiles(matrix(n, k)), n, k), matrix(n, k))
+
+
+def test_only_bf16_goes_into_tiles(kernels: NativeKernels) -> None:
+    with pytest.raises(ValueError, match=r"weight must be bf16 with 2 dimensions, got torch.float32 \[5, 7\]"):
+        pack_tiles(random(5, 7))
+    linear = kernels.packed_linear(random(5, 7))
+    kernels.tile(linear)
+    assert linear.panels.dtype is torch.float32
+    assert torch.equal(linear(random(3, 7)), kernels.packed_linear(random(5, 7))(random(3, 7)))
+
+
+def test_a_tiled_weight_is_the_weight(kernels: NativeKernels) -> None:
+    weight = matrix(70, 37)
+    linear = kernels.packed_linear(weight)
+    kernels.tile(linear)
+    assert torch.equal(linear.unpack(), weight)
