@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -42,6 +43,7 @@ def fuse_layers(model: nn.Module, native: NativeKernels) -> int:
     if seen is None:
         return 0
     fused, space, frame = 0, Space(), Frame()
+    programs: list[tuple[LayerProgram, _Call]] = []
     with _trial(seen):
         calls = _calls(model, seen)
         for module, attention in seen.items():
@@ -49,9 +51,20 @@ def fuse_layers(model: nn.Module, native: NativeKernels) -> int:
         for module, call in calls.items():
             if _replace(module, _layer_forward(module), call):
                 fused += 1
-                if _replace(module, _programmed(module, seen, native, space, frame), _copied(call)):
-                    _tile(module, seen, native)
+                program = _program(module, seen, native, space, frame)
+                if program is not None and _replace(module, _programmed(module, program), _copied(call)):
+                    program.tile()
+                    programs.append((program, call))
+    for (program, call), (following, next_call) in pairwise(programs):
+        if _follows(call, next_call):
+            program.following = following
     return fused
+
+
+def _follows(call: _Call, following: _Call) -> bool:
+    """Whether nothing came between two layers of the trial: the one's output was the other's input, with the same rotation."""
+    turns = (each.kwargs.get("position_embeddings") for each in (call, following))
+    return bool(following.args) and following.args[0] is _first(call.output) and next(turns) is next(turns)
 
 
 def _replace(module: nn.Module, forward: Callable[..., Any] | None, call: _Call | None) -> bool:
@@ -186,22 +199,17 @@ def _layer_forward(module: nn.Module) -> Callable[..., Any] | None:
     return forward
 
 
-def _tile(module: nn.Module, seen: Mapping[nn.Module, AttentionShape], native: NativeKernels) -> None:
-    """A layer that has a program sees every row of a step, in their order."""
-    parts = layer_parts(module, seen[cast("nn.Module", module.self_attn)])
-    for linear in () if parts is None else parts.linears:
-        native.tile(linear.packed)
-
-
-def _programmed(
+def _program(
     module: nn.Module, seen: Mapping[nn.Module, AttentionShape], native: NativeKernels, space: Space, frame: Frame
-) -> Callable[..., Any] | None:
-    """A layer's forward as one native call, in place on the hidden states; as modules where its program cannot be used."""
+) -> LayerProgram | None:
     shape = seen.get(cast("nn.Module", module.self_attn))
     parts = None if shape is None else layer_parts(module, shape)
-    if parts is None:
-        return None
-    program, modules = LayerProgram(parts, native, space, frame), module.forward
+    return None if parts is None else LayerProgram(module, parts, native, space, frame)
+
+
+def _programmed(module: nn.Module, program: LayerProgram) -> Callable[..., Any]:
+    """A layer's forward as one native call, in place on the hidden states; as modules where its program cannot be used."""
+    modules = module.forward
 
     def forward(hidden_states: Tensor, *args: Any, position_embeddings: Any = None, **kwargs: Any) -> Any:
         if program.run(hidden_states, position_embeddings):

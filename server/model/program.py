@@ -1,4 +1,4 @@
-"""A decoder layer written down as native instructions, so that a step runs it in one call with nothing in between.
+"""Decoder layers written down as native instructions, so that a step runs them in one call with nothing in between.
 
 Owns the order of a layer's kernels, the space between them and when a program has to be written again. A layer with a hook,
 or with an op that has to be called from Python in this step, gets no program and runs as modules. Knows no model: its parts
@@ -154,33 +154,94 @@ class _Written:
         return self.rows is rows and self.layer is layer and (self.tokens, self.grown) == (tokens, grown)
 
 
+@dataclass(frozen=True)
+class _Chain:
+    """Programs of layers that run in one call: their instructions one after another."""
+
+    words: Tensor
+    pieces: tuple[Tensor, ...]  # what `words` was made of
+    following: tuple[LayerProgram, ...]  # those behind the first
+
+    def holds(self, pieces: Sequence[Tensor]) -> bool:
+        return len(self.pieces) == len(pieces) and all(a is b for a, b in zip(self.pieces, pieces, strict=True))
+
+
 class LayerProgram:
-    """One layer's instructions, for each composition that the batch remembers.
+    """One layer's instructions, for each composition that the batch remembers; runs the layers that follow along with it.
 
     Invariant: a program is used only with what it was written for.
     """
 
-    def __init__(self, parts: LayerParts, native: NativeKernels, space: Space, frame: Frame) -> None:
-        self._parts, self._native, self._space, self._frame = parts, native, space, frame
+    def __init__(self, module: nn.Module, parts: LayerParts, native: NativeKernels, space: Space, frame: Frame) -> None:
+        self._module, self._parts, self._native, self._space, self._frame = module, parts, native, space, frame
+        self.following: LayerProgram | None = None  # what the model runs next, on what this leaves and with nothing between
+        self._done: Tensor | None = None  # hidden states that a layer before ran through this one
+
+    def tile(self) -> None:
+        """Its linears see every row of a step, in their order: those of prompts may use the matrix unit."""
+        for linear in self._parts.linears:
+            self._native.tile(linear.packed)
 
     def run(self, hidden: Tensor, turn: Turn) -> bool:
         """Run the layer in place on hidden [1, T, H]; False where it has to be run as modules, hidden being untouched."""
+        done, self._done = self._done, None
+        if done is hidden:
+            return True
         layer, split = attention_of(self._parts.attention), self._native.split
         split.first, split.rows = (0, -1) if layer is None else (layer.step.prompt, hidden.shape[1])
         if layer is None or not hidden.is_contiguous() or hidden.dtype is not torch.float32:
             return False
         if turn is not None and not (turn[0].is_contiguous() and turn[1].is_contiguous()):
             return False
-        step, tokens = layer.step, hidden.shape[1]
+        chain = self._chain(layer.step, hidden.shape[1])
+        if chain is None:
+            return False
+        self._native.layer(chain.words, self._frame.of(layer.step, hidden, turn))
+        for program in chain.following:
+            program._done = hidden
+        return True
+
+    def _chain(self, step: Step, tokens: int) -> _Chain | None:
+        """This layer's program and those of the layers behind it, as far as each has one."""
+        grown = -1
+        while grown != self._space.grown:  # a program that was written made others stale
+            grown = self._space.grown
+            programs, pieces = self._pieces(step, tokens)
+        if not pieces:
+            return None
+        known = cast("_Chain | None", step.memo.get((self, "chain")))
+        if known is None or not known.holds(pieces):
+            known = step.memo[self, "chain"] = _Chain(torch.cat(pieces), tuple(pieces), tuple(programs[1:]))
+        return known
+
+    def _pieces(self, step: Step, tokens: int) -> tuple[list[LayerProgram], list[Tensor]]:
+        programs: list[LayerProgram] = []
+        pieces: list[Tensor] = []
+        program: LayerProgram | None = self
+        while program is not None and (piece := program._written(step, tokens)) is not None:
+            programs.append(program)
+            pieces.append(piece)
+            program = program._next
+        return programs, pieces
+
+    @property
+    def _next(self) -> LayerProgram | None:
+        """What may run in the same call: nobody looks at the hidden states between the two."""
+        following = self.following
+        if following is None or self._module._forward_hooks or following._module._forward_pre_hooks:
+            return None
+        return following
+
+    def _written(self, step: Step, tokens: int) -> Tensor | None:
+        layer = attention_of(self._parts.attention)
+        if layer is None:
+            return None
         # The dict of rows is a new one for every composition, and hooks come and go between compositions only.
         written = cast("_Written | None", step.memo.get(self))
         if written is None or not written.holds(step.rows, tokens, self._space.grown, layer):
             program = self._write(layer, tokens)
             written = step.memo[self] = _Written(step.rows, tokens, self._space.grown, layer, program)
-        if written.program is None:
-            return False
-        self._native.layer(written.program, self._frame.of(step, hidden, turn))
-        return True
+        return written.program
 
     def _write(self, layer: LayerAttention, tokens: int) -> Tensor | None:
         if any(module._forward_hooks or module._forward_pre_hooks for module in self._parts.modules()):

@@ -123,6 +123,49 @@ def test_threads_move_no_bit(kernels: Kernels, threads: int) -> None:
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The instructions of each native call of steps."""
+    found: list[int] = []
+    layer = NativeKernels.layer
+
+    def noted(self: NativeKernels, program: Tensor, frame: Tensor) -> None:
+        found.append(len(program))
+        layer(self, program, frame)
+
+    monkeypatch.setattr(NativeKernels, "layer", noted)
+    return found
+
+
+def test_layers_that_follow_one_another_run_in_one_call(kernels: Kernels, calls: list[int], ran: list[bool]) -> None:
+    lab = Lab(tiny_model("llama"), {a.digest: a for a in ADAPTERS.values()}, kernels=kernels, max_batch_tokens=7)
+    calls.clear()  # the trial's, of each layer by itself
+    answers(kernels, ["base", "wide", "bottleneck"], lab=lab)
+    assert len(calls) == len(ran) // LAYERS > 0
+
+
+def test_whoever_looks_between_two_layers_sees_what_is_there(kernels: Kernels, calls: list[int]) -> None:
+    """A hook on a layer, which looks at nothing inside it, splits the call."""
+    model = tiny_model("llama")
+    lab = Lab(model, {}, kernels=kernels)
+    seen: list[list[Tensor]] = [[], []]
+    calls.clear()
+    first, second = model.model.layers
+    hooks = [
+        layer.register_forward_hook(lambda m, args, y, into=into: into.append(y.clone()))
+        for layer, into in zip((first, second), seen, strict=True)
+    ]
+    answers(kernels, ["base"], lab=lab)
+    assert len(calls) == len(seen[0]) + len(seen[1])
+    assert not any(torch.equal(first, second) for first, second in zip(*seen, strict=True))
+    for hook in hooks:
+        hook.remove()
+    calls.clear()
+    lab.submit("again", [50, 6, 7], max_new_tokens=1)
+    lab.run()
+    assert len(calls) == 1
+
+
 def test_a_layer_with_a_hook_runs_as_modules_and_the_others_do_not(kernels: Kernels, ran: list[bool]) -> None:
     model = tiny_model("llama")
     lab = Lab(model, {}, kernels=kernels)
