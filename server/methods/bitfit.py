@@ -63,7 +63,7 @@ class BitFitOp(RunsOp):
         self.delta.grow(capacity)
 
     def put(self, slot: int, tensors: Tensors) -> None:
-        self.delta.tensor[slot] = tensors["delta"]
+        self.delta.put(slot, tensors["delta"])
         self._held.add(slot)
 
     def clear(self, slot: int) -> None:

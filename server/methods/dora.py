@@ -103,9 +103,9 @@ class DoraOp(RunsOp):
     def put(self, slot: int, tensors: Tensors) -> None:
         self.clear(slot)
         self.product.put(slot, {"A": tensors["A"], "B": tensors["B"]})
-        self.factor.tensor[slot] = tensors["factor"]
+        self.factor.put(slot, tensors["factor"])
         if "shift" in tensors:
-            self._shift_pool().tensor[slot] = tensors["shift"]
+            self._shift_pool().put(slot, tensors["shift"])
         self._held.add(slot)
 
     def clear(self, slot: int) -> None:

@@ -11,9 +11,10 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .base import Op, Rows, Run
@@ -35,7 +36,9 @@ class Pool:
 
     def __init__(self, shape: Sequence[int], identity: float, device: torch.device, dtype: torch.dtype) -> None:
         self.identity = identity
+        self.dtype = dtype
         self.tensor = torch.empty((0, *shape), device=device, dtype=dtype)
+        self._raw = raw(self.tensor)
         self._room = self.tensor  # [slots, *shape]: what `tensor` is the beginning of
         paged = math.prod(shape) * dtype.itemsize >= _PAGE
         self._reserves = paged and identity == 0 and device.type == "cpu"
@@ -55,6 +58,7 @@ class Pool:
             room[:held] = self.tensor
             self._room = room
         self.tensor = self._room[:capacity]
+        self._raw = raw(self.tensor)
 
     def _new_room(self, capacity: int) -> Tensor:
         size = self.tensor.shape[1:]
@@ -62,8 +66,37 @@ class Pool:
             return self.tensor.new_full((capacity, *size), self.identity)
         return untouched_zeros((max(capacity, RESERVED), *size), self.tensor.dtype)
 
+    def put(self, slot: int, own: Tensor) -> None:
+        """own [n, ...], n at most the slot's own: what is behind it holds the identity.
+
+        All streams wait while the hundreds of tensors of an adapter are put, so on the CPU bits are copied by NumPy, whose
+        calls cost a tenth of torch's.
+        """
+        held, bits = self._raw, raw(own) if own.dtype is self.dtype else None
+        if held is None or bits is None:
+            self.tensor[slot, : own.shape[0]] = own
+            self._fill(slot, own.shape[0])
+            return
+        count = bits.shape[0]
+        held[slot, :count] = bits
+        if count < held.shape[1]:
+            self._fill(slot, count)
+
     def clear(self, slot: int) -> None:
-        self.tensor[slot] = self.identity
+        self._fill(slot, 0)
+
+    def _fill(self, slot: int, start: int) -> None:
+        if self._raw is None or (self.identity and self._raw.dtype.kind != "f"):
+            self.tensor[slot, start:] = self.identity
+        else:
+            self._raw[slot, start:] = self.identity
+
+
+def raw(tensor: Tensor) -> NDArray[Any] | None:
+    """The same memory for NumPy, which has no bf16: as integers then. None where it is not the host's."""
+    if tensor.device.type != "cpu":
+        return None
+    return (tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
 
 
 def untouched_zeros(size: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -73,7 +73,7 @@ class IA3Op(RunsOp):
     def put(self, slot: int, tensors: Tensors) -> None:
         self.clear(slot)
         for side, tensor in tensors.items():
-            self._pool(side).tensor[slot] = tensor
+            self._pool(side).put(slot, tensor)
         self._held.add(slot)
 
     def clear(self, slot: int) -> None:

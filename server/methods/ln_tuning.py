@@ -126,8 +126,8 @@ class NormOp(RunsOp):
         self.shift.grow(capacity)
 
     def put(self, slot: int, tensors: Tensors) -> None:
-        self.scale.tensor[slot] = tensors["scale"]
-        self.shift.tensor[slot] = tensors["shift"]
+        self.scale.put(slot, tensors["scale"])
+        self.shift.put(slot, tensors["shift"])
         self._held.add(slot)
 
     def clear(self, slot: int) -> None:

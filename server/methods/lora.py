@@ -208,14 +208,12 @@ class LoraOp(RunsOp):
             pool.grow(capacity)
 
     def put(self, slot: int, tensors: Tensors) -> None:
-        rank = tensors["A"].shape[0]
-        for pool, own in ((self.a, tensors["A"]), (self.b, tensors["B"].T)):
-            pool.tensor[slot, :rank] = own
-            pool.tensor[slot, rank:] = 0
+        self.a.put(slot, tensors["A"])
+        self.b.put(slot, tensors["B"].T)
         if self.bias is not None:
             self.bias.clear(slot)
         if "bias" in tensors:
-            self._bias_pool().tensor[slot] = tensors["bias"]
+            self._bias_pool().put(slot, tensors["bias"])
         self._held.add(slot)
 
     def clear(self, slot: int) -> None:

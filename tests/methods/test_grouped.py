@@ -110,3 +110,20 @@ def test_a_pool_is_the_identity_wherever_nothing_was_put():
     assert torch.equal(pool.tensor, torch.ones(4, 2))
     pool.grow(1)
     assert len(pool.tensor) == 4
+
+
+@pytest.mark.parametrize("identity", [0.0, 1.0])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
+def test_a_pool_holds_what_is_put_and_its_identity_behind_it(held: torch.dtype, given: torch.dtype, identity: float) -> None:
+    pool = Pool((6, 40), identity, torch.device("cpu"), held)
+    own = torch.randn(40, 2, generator=torch.Generator().manual_seed(0)).to(given).T
+    for slots in (3, 9):  # it moved in between
+        pool.grow(slots)
+        pool.put(slots - 1, torch.full((6, 40), 7.0, dtype=given))
+        pool.put(slots - 1, own)
+        assert torch.equal(pool.tensor[slots - 1, :2], own.to(held))
+        assert (pool.tensor[slots - 1, 2:] == identity).all()
+        assert (pool.tensor[: slots - 1] == identity).all()
+        pool.clear(slots - 1)
+        assert (pool.tensor == identity).all()
