@@ -67,19 +67,22 @@ class Pool:
         return untouched_zeros((max(capacity, RESERVED), *size), self.tensor.dtype)
 
     def put(self, slot: int, own: Tensor) -> None:
-        """own [n, ...], n at most the slot's own: what is behind it holds the identity.
+        """own [n, ...]: all of a slot, or the first n rows of a matrix, with the identity behind them.
 
         All streams wait while the hundreds of tensors of an adapter are put, so on the CPU bits are copied by NumPy, whose
-        calls cost a tenth of torch's.
+        calls cost a tenth of torch's. Raises: ValueError for another shape.
         """
         held, bits = self._raw, raw(own) if own.dtype is self.dtype else None
+        (_, *size), (count, *rest) = (
+            (self.tensor.shape, own.shape) if held is None or bits is None else (held.shape, bits.shape)
+        )
+        if (count != size[0] and (count > size[0] or not rest)) or rest != size[1:]:
+            raise ValueError(f"a tensor of {[count, *rest]} does not fit a slot of {size}")
         if held is None or bits is None:
-            self.tensor[slot, : own.shape[0]] = own
-            self._fill(slot, own.shape[0])
-            return
-        count = bits.shape[0]
-        held[slot, :count] = bits
-        if count < held.shape[1]:
+            self.tensor[slot, :count] = own
+        else:
+            held[slot, :count] = bits
+        if count < size[0]:
             self._fill(slot, count)
 
     def clear(self, slot: int) -> None:

@@ -460,7 +460,7 @@ def test_a_put_that_fails_half_way_leaves_nothing_for_the_slots_next_owner(
         patched.setattr(lab.engine, "_weigh", lambda adapter: Footprint())  # it would have noticed
         ask(lab, "a")
         lab.run()
-    assert "could not be put on the device (RuntimeError)" in error_of(lab, "a")
+    assert "could not be put on the device (ValueError)" in error_of(lab, "a")
     assert lab.runner.sites.attached == ()
     only_last = Part("bitfit", "bitfit", {site: ADAPTERS["b"].parts[0].sites[site]})
     small = Adapter(Digest.of(b"small"), (only_last,))

@@ -127,3 +127,15 @@ def test_a_pool_holds_what_is_put_and_its_identity_behind_it(held: torch.dtype, 
         assert (pool.tensor[: slots - 1] == identity).all()
         pool.clear(slots - 1)
         assert (pool.tensor == identity).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("size", "shape"), [((40,), (39,)), ((40,), (41,)), ((6, 40), (7, 40)), ((6, 40), (2, 1)), ((6, 40), (2, 39))]
+)
+def test_a_pool_takes_no_other_shape(size: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    pool = Pool(size, 0.0, torch.device("cpu"), torch.float32)
+    pool.grow(2)
+    with pytest.raises(ValueError, match="does not fit a slot of"):
+        pool.put(1, torch.ones(shape, dtype=dtype))
+    assert not pool.tensor.any()
