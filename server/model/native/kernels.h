@@ -27,6 +27,12 @@ void team_linear(int form, const float *x, const void *panels, const float *bias
 index_t tiles_space(index_t k);
 void team_tiles(const float *x, const void *panels, const float *bias, float *y, index_t m, index_t n, index_t k,
                 std::uint16_t *pieces);
+// Few rows of a prompt behind `prompt` others: each panel serves those first, which leaves it in the cache for the tiles.
+bool few_for_tiles(index_t rows);
+void team_both(const float *x, const void *panels, const float *bias, float *y, index_t m, index_t n, index_t k,
+               index_t prompt, std::uint16_t *pieces);
+// Panel p of TILES for the rows of x, with vectors.
+void tiled_panel(const float *x, const void *panels, const float *bias, float *y, index_t m, index_t n, index_t k, index_t p);
 
 // y[index[i]] += B[slot[i]] (A[slot[i]] x[index[i]]) for rows whose slots are cut into groups beforehand.
 struct LoraGroups;

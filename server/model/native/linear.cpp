@@ -100,9 +100,14 @@ void team_panels(const Call &call, int form) {
 
 }  // namespace
 
+void tiled_panel(const float *x, const void *panels, const float *bias, float *y, index_t m, index_t n, index_t k, index_t p) {
+    one_panel({x, panels, bias, y, m, n, k}, {0, m}, p, TILES);
+}
+
 void team_linear(int form, const float *x, const void *panels, const float *bias, float *y, index_t m, index_t n,
                  index_t k, index_t prompt, std::uint16_t *space) {
     index_t before = form == TILES && prompt < m ? prompt : m;
+    if (before && before < m && few_for_tiles(m - before)) return team_both(x, panels, bias, y, m, n, k, before, space);
     if (before) team_panels({x, panels, bias, y, before, n, k}, form);
     if (before < m) team_tiles(x + before * k, panels, bias, y + before * n, m - before, n, k, space);
 }

@@ -223,6 +223,23 @@ bool tiles_usable() {
 
 index_t tiles_space(index_t k) { return threads * own_space((k + STEP - 1) / STEP); }
 
+bool few_for_tiles(index_t rows) { return rows <= FEW; }
+
+void team_both(const float *x, const void *panels, const float *bias, float *y, index_t m, index_t n, index_t k,
+               index_t prompt, std::uint16_t *space) {
+    Call call{x + prompt * k, static_cast<const bf16 *>(panels), bias, y + prompt * n, m - prompt, n, k, (k + STEP - 1) / STEP};
+    bf16 *pieces = space + omp_get_thread_num() * own_space(call.steps);
+    Range mine = share((n + PANEL - 1) / PANEL);
+    configure();
+    cut_rows(call, {0, call.m}, pieces);
+    for (index_t p = mine.from; p < mine.to; p++) {
+        tiled_panel(x, panels, bias, y, prompt, n, k, p);
+        strip<1>(call, pieces, {0, call.m}, p, 0);
+    }
+    _tile_release();
+#pragma omp barrier
+}
+
 void team_tiles(const float *x, const void *panels, const float *bias, float *y, index_t m, index_t n, index_t k,
                 std::uint16_t *space) {
     Call call{x, static_cast<const bf16 *>(panels), bias, y, m, n, k, (k + STEP - 1) / STEP};
@@ -241,6 +258,8 @@ void team_tiles(const float *x, const void *panels, const float *bias, float *y,
 bool tiles_usable() { return false; }
 index_t tiles_space(index_t) { return 0; }
 void team_tiles(const float *, const void *, const float *, float *, index_t, index_t, index_t, std::uint16_t *) {}
+bool few_for_tiles(index_t) { return false; }
+void team_both(const float *, const void *, const float *, float *, index_t, index_t, index_t, index_t, std::uint16_t *) {}
 
 #endif
 
