@@ -200,7 +200,7 @@ class FairQueue(Generic[T]):
         line.counter += tokens * OUTPUT_PRICE / line.policy.weight
 
     def charge(self, tenant: str, tokens: int) -> None:
-        """Prompt tokens computed for a tenant beside its requests; negative ones are given back."""
+        """Prompt tokens computed for a tenant beside its requests."""
         line = self._lines.get(tenant)
         if line is None:
             return
