@@ -107,7 +107,7 @@ async def list_adapters(services: Context, tenant: Tenant, limit: Limit = 100, c
     return JSONResponse({"adapters": shown, "next_cursor": following})
 
 
-@router.get("/{adapter_id:path}/versions", response_model=AdapterList, responses=_REFUSALS)
+@router.get("/{adapter_id:id}/versions", response_model=AdapterList, responses=_REFUSALS)
 @requires("infer")
 async def versions(adapter_id: str, services: Context, tenant: Tenant) -> Response:
     """Every version of an adapter, newest first."""
@@ -117,7 +117,7 @@ async def versions(adapter_id: str, services: Context, tenant: Tenant) -> Respon
 
 
 @router.post(
-    "/{adapter_id:path}/load",
+    "/{adapter_id:id}/load",
     response_model=AdapterResponse,
     dependencies=[Depends(require_ready)],
     responses={**_REFUSALS, 424: {"model": ErrorResponse, "description": "The adapter cannot be loaded"}},
@@ -133,7 +133,7 @@ async def load(request: Request, adapter_id: str, services: Context, owner: Owne
     return JSONResponse(described(record, services.client.engine))
 
 
-@router.post("/{adapter_id:path}/unload", response_model=AdapterResponse, responses=_REFUSALS)
+@router.post("/{adapter_id:id}/unload", response_model=AdapterResponse, responses=_REFUSALS)
 @requires("adapters", "admin", action="adapter.unload")
 async def unload(request: Request, adapter_id: str, services: Context, owner: Owner, version: Version = None) -> Response:
     """Take an adapter off the device once nothing runs on it. Idempotent; the next request loads it again."""
@@ -144,7 +144,7 @@ async def unload(request: Request, adapter_id: str, services: Context, owner: Ow
     return JSONResponse(described(record, services.client.engine))
 
 
-@router.get("/{adapter_id:path}", response_model=AdapterResponse, responses=_REFUSALS)
+@router.get("/{adapter_id:id}", response_model=AdapterResponse, responses=_REFUSALS)
 @requires("infer")
 async def get_adapter(adapter_id: str, services: Context, tenant: Tenant, version: Version = None) -> Response:
     """One version of an adapter."""
@@ -152,7 +152,7 @@ async def get_adapter(adapter_id: str, services: Context, tenant: Tenant, versio
     return JSONResponse(described(record, services.client.engine))
 
 
-@router.delete("/{adapter_id:path}", status_code=204, responses=_REFUSALS)
+@router.delete("/{adapter_id:id}", status_code=204, responses=_REFUSALS)
 @requires("adapters", "admin", action="adapter.delete")
 async def delete_adapter(
     request: Request, adapter_id: str, services: Context, owner: Owner, version: Version = None

@@ -59,7 +59,7 @@ async def list_tenants(services: Context) -> Response:
     return JSONResponse({"tenants": [_tenant(record) for record in records]})
 
 
-@router.get("/tenants/{name:path}", response_model=TenantResponse, responses=_FINDING)
+@router.get("/tenants/{name:id}", response_model=TenantResponse, responses=_FINDING)
 @requires("admin")
 async def get_tenant(name: str, services: Context) -> Response:
     """One tenant's policy."""
@@ -67,7 +67,7 @@ async def get_tenant(name: str, services: Context) -> Response:
 
 
 @router.put(
-    "/tenants/{name:path}",
+    "/tenants/{name:id}",
     response_model=TenantResponse,
     responses=_BODY_REFUSALS,
     openapi_extra=documented(PolicyRequest, quotas={"weight": 2, "max_slots": 4, "max_adapters": 100}),
@@ -81,7 +81,7 @@ async def put_tenant(request: Request, name: str, body: PolicyBody, services: Co
     return JSONResponse(_tenant(record))
 
 
-@router.delete("/tenants/{name:path}", status_code=204, responses={409: _REFUSALS[409], **_FINDING})
+@router.delete("/tenants/{name:id}", status_code=204, responses={409: _REFUSALS[409], **_FINDING})
 @requires("admin", action="tenant.delete")
 async def delete_tenant(
     request: Request,

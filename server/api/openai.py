@@ -112,7 +112,7 @@ async def models(services: Context, tenant: Tenant) -> Response:
     return JSONResponse({"object": "list", "data": [_base_card(services), *(_card(services, r) for r in records)]})
 
 
-@router.get("/models/{model:path}", responses={404: _REFUSALS[404]})
+@router.get("/models/{model:id}", responses={404: _REFUSALS[404]})
 @requires("infer")
 async def model(model: str, services: Context, tenant: Tenant) -> Response:
     """One model or adapter."""

@@ -34,7 +34,7 @@ UserBody = Annotated[UserRequest, Depends(json_body(UserRequest))]
 
 
 @router.put(
-    "/{user_id:path}",
+    "/{user_id:id}",
     response_model=UserResponse,
     responses=_BODY_REFUSALS,
     openapi_extra=documented(UserRequest, bind={"adapter_id": "support"}),
@@ -55,14 +55,14 @@ async def list_users(services: Context, tenant: Tenant, limit: Limit = 100, curs
     return JSONResponse({"users": [_described(user) for user in users], "next_cursor": following})
 
 
-@router.get("/{user_id:path}", response_model=UserResponse, responses=_REFUSALS)
+@router.get("/{user_id:id}", response_model=UserResponse, responses=_REFUSALS)
 @requires("infer")
 async def get_user(user_id: str, services: Context, tenant: Tenant) -> Response:
     """The adapter that this user's requests go through."""
     return JSONResponse(_described(await to_thread.run_sync(services.store.get_user, tenant, user_id)))
 
 
-@router.delete("/{user_id:path}", status_code=204, responses=_REFUSALS)
+@router.delete("/{user_id:id}", status_code=204, responses=_REFUSALS)
 @requires("adapters", action="user.unbind")
 async def delete_user(request: Request, user_id: str, services: Context, tenant: Tenant) -> Response:
     """Unbind a user, whose requests go to the base model then."""

@@ -48,12 +48,12 @@ def operations(app: FastAPI) -> Iterator[tuple[str, APIRoute]]:
 
 
 def plain(path: str) -> str:
-    """ "/adapters/{adapter_id:path}" as the document shows it."""
-    return path.replace(":path}", "}")
+    """ "/adapters/{adapter_id:id}" as the document shows it."""
+    return path.replace(":id}", "}")
 
 
 async def ask(world: World, method: str, route: APIRoute, headers: dict[str, str]) -> httpx.Response:
-    path = re.sub(r"\{\w+(:path)?\}", "x", route.path)
+    path = re.sub(r"\{\w+(:id)?\}", "x", route.path)
     body = b"{" if method in ("POST", "PUT") else b""  # what is wrong with it is nobody's business without a key
     return await world.http.request(method, path, content=body, headers={"content-type": "application/json", **headers})
 
