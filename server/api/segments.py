@@ -1,6 +1,6 @@
-"""How ids stand in routes: `{adapter_id:id}` takes the rest of the path, whatever it holds. Decides nothing about what an id may be.
+"""How ids stand in routes: `{adapter_id:id}` takes the rest of the path, whatever it holds. Says nothing of what an id may be.
 
-Starlette's own `path` stops at a line break, and an id with one would be no route at all (404) instead of a wrong id (400, 422).
+Starlette's own `path` stops at a line break: an id with one would be no route at all (404) instead of a wrong id (400, 422).
 """
 
 from __future__ import annotations
