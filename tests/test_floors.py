@@ -64,6 +64,7 @@ FLOORS: Mapping[str, int] = {
     "server.model.kernels": 3,
     "server.model.linear": 3,
     "server.model.loader": 3,
+    "server.model.memory": 2,
     "server.model.outline": 3,
     "server.model.pull": 3,
     "server.model.quantized": 3,

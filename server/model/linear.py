@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .memory import Room
 from .native import NativeKernels
 from .native.int8 import Int8Weight
 from .sites import Extension
@@ -21,12 +22,12 @@ from .sites import Extension
 class PackedModule(nn.Module):
     """A frozen Linear or Conv1D over packed weights. Invariant: the same arithmetic as the module it replaced, in fp32."""
 
-    def __init__(self, native: NativeKernels, weight: Tensor, bias: Tensor | None, int8: bool = False) -> None:
+    def __init__(self, native: NativeKernels, weight: Tensor, bias: Tensor | None, room: Room, int8: bool = False) -> None:
         """weight [out, in]; `int8`: rounded to eight bits, in place of keeping every value."""
         super().__init__()
         self.extension: Extension | None = None  # what adapters do here
         held = Int8Weight.of(weight) if int8 else _compact(weight)
-        self.packed = native.packed_linear(held, None if bias is None else bias.float())
+        self.packed = native.packed_linear(held, None if bias is None else bias.float(), place=room.place, tiles=True)
         self.in_features, self.out_features = self.packed.in_features, self.packed.out_features
 
     @property
@@ -64,10 +65,10 @@ def pack_model(model: nn.Module, native: NativeKernels, int8: bool = False) -> N
 
     Shapes and biases must have been read before: the replaced modules have no `weight` any more.
     """
-    head = output_head(model)
+    head, room = output_head(model), Room()
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            replacement = _packed(child, native, int8 and child is not head)
+            replacement = _packed(child, native, room, int8 and child is not head)
             if replacement is not None:
                 setattr(module, name, replacement)
     for module in model.modules():
@@ -75,10 +76,10 @@ def pack_model(model: nn.Module, native: NativeKernels, int8: bool = False) -> N
             hold_in(module, torch.float32)
 
 
-def _packed(module: nn.Module, native: NativeKernels, int8: bool) -> nn.Module | None:
+def _packed(module: nn.Module, native: NativeKernels, room: Room, int8: bool) -> nn.Module | None:
     """Subclasses do something of their own (a scaled embedding, say) and are left alone."""
     if (weight := matrix_of(module)) is not None:
-        return PackedModule(native, weight, cast("Tensor | None", module.bias), int8)
+        return PackedModule(native, weight, cast("Tensor | None", module.bias), room, int8)
     if type(module) is nn.Embedding:
         return WideningEmbedding(module.weight)
     return None

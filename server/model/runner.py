@@ -6,13 +6,11 @@ but the device, and is called from one thread only.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +21,7 @@ from ..engine.plan import Sequence as Seq
 from ..methods.base import Adapter, Method, Prefix
 from ..requests import Task, Token
 from ..step_times import StepTimes
+from . import memory
 from .attention import LayerAttention, PagedAttention, WriteKV, bind, torch_attention, torch_write
 from .batch import BatchBuilder, order_rows
 from .graphs import DecodeGraphs, GraphLimits, Record
@@ -252,9 +251,7 @@ class Runner:
 
 def _zeros(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """A zero tensor; on the CPU its pages cost memory only once they are written (torch.zeros would touch them all)."""
-    if device.type != "cpu":
-        return torch.zeros(size, device=device, dtype=dtype)
-    return torch.from_numpy(np.zeros(math.prod(size) * dtype.itemsize, np.uint8)).view(dtype).view(size)
+    return memory.zeros(size, dtype) if device.type == "cpu" else torch.zeros(size, device=device, dtype=dtype)
 
 
 def _is_soft_prompt(row: Row) -> bool:

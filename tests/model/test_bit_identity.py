@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from server.methods.base import Adapter, BaseShape, Checkpoint, Limits, Part
 from server.model.kernels import Kernels, choose_kernels
 from server.model.loader import make_base
 from server.model.native import NativeKernels
+from server.model.native.library import PackedLinear
 from server.settings import default_home
 from tests.lab import BASE, Lab
 from tests.tiny import ARCHITECTURES, VOCAB, tiny_model
@@ -307,9 +309,14 @@ def test_a_matrix_unit_takes_part_where_there_is_one(native: Kernels) -> None:
 
 
 def _without_tiles(native: Kernels) -> Callable[..., None]:
+    packed = NativeKernels.packed_linear
+
+    def in_panels(self: NativeKernels, *weight: Any, **how: Any) -> PackedLinear:
+        return packed(self, *weight, **{**how, "tiles": False})
+
     def prepare(model: PreTrainedModel) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(NativeKernels, "tile", lambda *linears: None)
+            patch.setattr(NativeKernels, "packed_linear", in_panels)
             assert native.prepare is not None
             native.prepare(model)
 

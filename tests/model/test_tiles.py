@@ -44,7 +44,8 @@ class Tiled:
     """A weight in tiles beside the same in panels."""
 
     def __init__(self, kernels: NativeKernels, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.plain, self.tiled, self.split = kernels.packed_linear(weight, bias), kernels.packed_linear(weight, bias), Split()
+        self.plain, self.tiled = kernels.packed_linear(weight, bias), kernels.packed_linear(weight, bias, tiles=True)
+        self.split = Split()
         self.tiled.tile(self.split)
 
     def __call__(self, x: Tensor, first: int = 0) -> Tensor:
@@ -131,7 +132,7 @@ def test_unpack_gives_the_weight_back(n: int, k: int) -> None:
 def test_only_bf16_goes_into_tiles(kernels: NativeKernels) -> None:
     with pytest.raises(ValueError, match=r"weight must be bf16 with 2 dimensions, got torch.float32 \[5, 7\]"):
         pack_tiles(random(5, 7))
-    linear = kernels.packed_linear(random(5, 7))
+    linear = kernels.packed_linear(random(5, 7), tiles=True)
     kernels.tile(linear)
     assert linear.panels.dtype is torch.float32
     assert torch.equal(linear(random(3, 7)), kernels.packed_linear(random(5, 7))(random(3, 7)))
@@ -139,6 +140,15 @@ def test_only_bf16_goes_into_tiles(kernels: NativeKernels) -> None:
 
 def test_a_tiled_weight_is_the_weight(kernels: NativeKernels) -> None:
     weight = matrix(70, 37)
-    linear = kernels.packed_linear(weight)
-    kernels.tile(linear)
+    linear = kernels.packed_linear(weight, tiles=True)
     assert torch.equal(linear.unpack(), weight)
+
+
+def test_tiles_are_used_only_once_somebody_says_so(kernels: NativeKernels) -> None:
+    weight, x = matrix(70, 37), random(9, 37)
+    linear, plain = kernels.packed_linear(weight, tiles=True), kernels.packed_linear(weight)
+    kernels.split.first, kernels.split.rows = 0, 9
+    assert torch.equal(linear(x), plain(x))
+    kernels.tile(linear)
+    assert not torch.equal(linear(x), plain(x))
+    kernels.split.rows = -1

@@ -105,7 +105,7 @@ void locate(const Call &c, const Task &t, index_t chunk, Span seen, Located &row
 }
 
 ADAPTERD_INLINE void fetch(const float *row, index_t dim) {
-    for (index_t d = 0; d < dim; d += 16) __builtin_prefetch(row + d, 0, 2);
+    for (index_t d = 0; d < dim; d += 16) __builtin_prefetch(row + d, 0, 3);
 }
 
 void transpose_keys(const float *const *rows, index_t dim, float *panel) {

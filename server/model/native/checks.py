@@ -53,7 +53,7 @@ def _tiles(kernels: NativeKernels, random: Random) -> Pair:
         return torch.empty(0), torch.empty(0)
     many = 64 * torch.get_num_threads() + 14
     x, weight, bias, split = random(many, 37), random(70, 37).bfloat16(), random(70), Split()
-    linear, plain = kernels.packed_linear(weight, bias), kernels.packed_linear(weight, bias)
+    linear, plain = kernels.packed_linear(weight, bias, tiles=True), kernels.packed_linear(weight, bias)
     linear.tile(split)
     if not torch.equal(linear(x), plain(x)):
         raise NativeUnavailable("the self-check of tiles failed: rows of no prompt have other bits than without tiles")

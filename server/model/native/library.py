@@ -91,7 +91,11 @@ def _check_strided(name: str, tensor: Tensor, dims: int) -> None:
     )
 
 
-def pack(weight: Tensor) -> Tensor:
+#: Makes a tensor, mostly a view in another order, contiguous in memory of its own.
+Place = Callable[[Tensor], Tensor]
+
+
+def pack(weight: Tensor, place: Place = Tensor.contiguous) -> Tensor:
     """weight [N, K] -> panels [ceil(N / 32), K, 32], zero padded.
 
     fp32: columns in order. bf16: column j and column j + 16 of a panel share one 32-bit word, low half first, so that two
@@ -105,8 +109,8 @@ def pack(weight: Tensor) -> Tensor:
     count = -(-n // PANEL)
     padded = F.pad(weight.detach(), (0, 0, 0, count * PANEL - n)) if n % PANEL else weight.detach()
     if weight.dtype is _fp32:
-        return padded.reshape(count, PANEL, k).transpose(1, 2).contiguous()
-    return padded.reshape(count, 2, PANEL // 2, k).permute(0, 3, 2, 1).contiguous().view(count, k, PANEL)
+        return place(padded.reshape(count, PANEL, k).transpose(1, 2))
+    return place(padded.reshape(count, 2, PANEL // 2, k).permute(0, 3, 2, 1)).view(count, k, PANEL)
 
 
 def unpack(panels: Tensor, n: int) -> Tensor:
@@ -117,7 +121,7 @@ def unpack(panels: Tensor, n: int) -> Tensor:
     return panels.view(count, k, PANEL // 2, 2).permute(0, 3, 2, 1).reshape(count * PANEL, k)[:n]
 
 
-def pack_tiles(weight: Tensor) -> Tensor:
+def pack_tiles(weight: Tensor, place: Place = Tensor.contiguous) -> Tensor:
     """weight [N, K] bf16 -> AMX tiles [ceil(N / 32), ceil(K / 32), 2, 16, 16, 2], zero padded; see tiles.cpp.
 
     Raises: ValueError when the weight is not bf16.
@@ -127,7 +131,7 @@ def pack_tiles(weight: Tensor) -> Tensor:
     n, k = weight.shape
     panels, steps = -(-n // PANEL), -(-k // PANEL)
     padded = F.pad(weight.detach(), (0, steps * PANEL - k, 0, panels * PANEL - n))
-    return padded.reshape(panels, 2, 16, steps, 16, 2).permute(0, 3, 1, 4, 2, 5).contiguous()
+    return place(padded.reshape(panels, 2, 16, steps, 16, 2).permute(0, 3, 1, 4, 2, 5))
 
 
 def unpack_tiles(tiles: Tensor, n: int, k: int) -> Tensor:
@@ -165,26 +169,31 @@ class PackedLinear:
 
     __slots__ = ("_bias_at", "_form", "_panels_at", "_run", "_split", "bias", "in_features", "out_features", "panels")
 
-    def __init__(self, run: Callable[..., None], weight: Tensor | Int8Weight, bias: Tensor | None) -> None:
+    def __init__(
+        self, run: Callable[..., None], weight: Tensor | Int8Weight, bias: Tensor | None, place: Place, tiles: bool
+    ) -> None:
         self._run = run
         self._split: Split | None = None
-        self.panels = pack_int8(weight) if isinstance(weight, Int8Weight) else pack(weight)
+        tiled = tiles and weight.dtype is torch.bfloat16
+        if isinstance(weight, Int8Weight):
+            self.panels = place(pack_int8(weight))
+        else:
+            self.panels = pack_tiles(weight, place) if tiled else pack(weight, place)
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else bias.detach().to(_fp32).contiguous()
         if self.bias is not None:
             _check("bias", self.bias, _fp32, (self.out_features,))
-        self._form = _FORMS.index(self.panels.dtype)
+        self._form = _TILES if tiled else _FORMS.index(self.panels.dtype)
         self._panels_at = self.panels.data_ptr()
         self._bias_at = None if self.bias is None else self.bias.data_ptr()
 
     def tile(self, split: Split) -> None:
-        """Repack a bf16 weight in tiles, so that rows of prompts go through the matrix unit; others stay as they are.
+        """Rows of prompts go through the matrix unit from now on, where the weight lies in tiles; others do not.
 
-        Only for what sees every row of a step, in the step's order, and before its address is given away.
+        Only for what sees every row of a step, in the step's order.
         """
-        if self.panels.dtype is torch.bfloat16 and self._split is None:
-            self.panels = pack_tiles(self.unpack())
-            self._form, self._panels_at, self._split = _TILES, self.panels.data_ptr(), split
+        if self._form == _TILES:
+            self._split = split
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K] fp32 contiguous -> [..., N]."""
@@ -198,7 +207,7 @@ class PackedLinear:
         return y
 
     def words(self, x: int, y: int) -> tuple[int, ...]:
-        """As an instruction of a layer; addresses of x and y."""
+        """As an instruction of a layer, which sees every row of a step; addresses of x and y."""
         return (LINEAR, self._form, x, self._panels_at, self._bias_at or 0, y, self.out_features, self.in_features)
 
     def unpack(self) -> Tensor:
@@ -320,14 +329,23 @@ class NativeKernels:
         """Threads of every kernel from now on; keep it equal to torch's own number, the thread pool is shared."""
         self._set_threads(count)
 
-    def packed_linear(self, weight: Tensor | Int8Weight, bias: Tensor | None = None) -> PackedLinear:
-        """A copy of weight [N, K] (fp32, bf16 or int8, kept as it is) packed for this library."""
-        return PackedLinear(self._linear, weight, bias)
+    def packed_linear(
+        self,
+        weight: Tensor | Int8Weight,
+        bias: Tensor | None = None,
+        *,
+        place: Place = Tensor.contiguous,
+        tiles: bool = False,
+    ) -> PackedLinear:
+        """A copy of weight [N, K] (fp32, bf16 or int8, kept as it is) packed for this library.
+
+        `tiles`: lay bf16 out for the matrix unit, where there is one; who uses it is said later, by `tile`.
+        """
+        return PackedLinear(self._linear, weight, bias, place, tiles and self.has_tiles)
 
     def tile(self, linear: PackedLinear) -> None:
-        """Have it use the matrix unit for rows of prompts, where there is one; see `PackedLinear.tile`."""
-        if self.has_tiles:
-            linear.tile(self.split)
+        """Have it use the matrix unit for rows of prompts, if it was packed for that; see `PackedLinear.tile`."""
+        linear.tile(self.split)
 
     def lora(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, index: Tensor, slot: Tensor) -> None:
         """y[index[i]] += (x[index[i]] @ a[slot[i]].T) @ b[slot[i]], in place, on these rows only.

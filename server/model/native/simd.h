@@ -252,7 +252,7 @@ ADAPTERD_INLINE void tile(const float *x, index_t ldx, W w, index_t depth, float
     const float *base[(R + 2) / 3];
     for (int g = 0; g < (R + 2) / 3; g++) base[g] = x + 3 * g * ldx;
     auto add = [&](index_t k, const vf (&row)[V]) ADAPTERD_LAMBDA {
-        __builtin_prefetch(static_cast<const char *>(ahead.p) + k * ahead.step, 0, 2);
+        __builtin_prefetch(static_cast<const char *>(ahead.p) + k * ahead.step, 0, 3);
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++) {
             float factor = base[r / 3][(r % 3) * ldx + k];

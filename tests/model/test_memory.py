@@ -1,0 +1,43 @@
+"""Memory in large pages holds what it was given, and gives every tensor its own."""
+
+from __future__ import annotations
+
+import torch
+
+from server.model.memory import Room, zeros
+
+
+def test_zeros_are_zero_and_writable() -> None:
+    cache = zeros((2, 3, 5), torch.bfloat16)
+    assert cache.shape == (2, 3, 5)
+    assert cache.is_contiguous()
+    assert not cache.any()
+    cache += 1
+    assert bool((cache == 1).all())
+
+
+def test_of_nothing_there_is_nothing() -> None:
+    assert zeros((0, 4), torch.float32).shape == (0, 4)
+    assert Room().place(torch.empty(0, 7)).shape == (0, 7)
+
+
+def test_placed_tensors_are_contiguous_copies_that_do_not_meet() -> None:
+    room, first = Room(), torch.arange(15, dtype=torch.float32).view(3, 5)
+    placed = [room.place(first.T), room.place(first.bfloat16()), room.place(torch.ones(33, dtype=torch.int8))]
+    wanted = [first.T.clone(), first.bfloat16(), torch.ones(33, dtype=torch.int8)]
+    first += 1
+    for got, want in zip(placed, wanted, strict=True):
+        assert got.is_contiguous()
+        assert got.data_ptr() % 64 == 0
+        assert torch.equal(got, want)
+    placed[1].zero_()
+    assert torch.equal(placed[0], wanted[0])
+    assert torch.equal(placed[2], wanted[2])
+
+
+def test_a_tensor_larger_than_what_is_taken_at_once_has_room_too() -> None:
+    large = torch.zeros((65 << 20) + 1, dtype=torch.uint8)
+    large[-1] = 7
+    room = Room()
+    assert torch.equal(room.place(large), large)
+    assert room.place(large[-3:]).tolist() == [0, 0, 7]
