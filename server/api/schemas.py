@@ -5,8 +5,9 @@ Ranges are not here: rules.py words them as LoRAX does. Unknown fields are ignor
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -19,16 +20,9 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
-def _false_for_null(value: object) -> object:
-    return False if value is None else value
-
-
-def _empty_for_null(value: object) -> object:
-    return [] if value is None else value
-
-
-def _defaults_for_null(value: object) -> object:
-    return {} if value is None else value
+def _or_null(kind: Any, default: Callable[[], object]) -> BeforeValidator:
+    """null counts as the default, and the OpenAPI document says that it may stand there."""
+    return BeforeValidator(lambda value: default() if value is None else value, json_schema_input_type=kind | None)
 
 
 def _one_or_several(value: object) -> object:
@@ -37,8 +31,9 @@ def _one_or_several(value: object) -> object:
     raise ValueError("must be a string or a list of strings")
 
 
-Flag = Annotated[bool, BeforeValidator(_false_for_null)]
-Strings = Annotated[list[str], BeforeValidator(_empty_for_null)]
+Flag = Annotated[bool, _or_null(bool, bool)]
+Strings = Annotated[list[str], _or_null(list[str], list)]
+Numbers = Annotated[list[float], _or_null(list[float], list)]
 
 # -- LoRAX and TGI: requests -----------------------------------------------------------------------------------------
 
@@ -47,7 +42,7 @@ class MergedAdapters(Strict):
     """LoRAX's: which LoRA adapters to merge, and how. Adapters of one rank."""
 
     ids: list[str]
-    weights: Annotated[list[float], BeforeValidator(_empty_for_null)] = Field([], description="One per id; none = all 1.")
+    weights: Numbers = Field([], description="One per id; none = all 1.")
     merge_strategy: str | None = Field(None, description="linear (null), ties, dare_linear or dare_ties")
     density: float = Field(0.0, description="> 0 and <= 1: the share of values that ties and dare_* keep.")
     majority_sign_method: str | None = Field(None, description="total (null) or frequency")
@@ -85,7 +80,7 @@ class GenerateParameters(Strict):
 
 class GenerateRequest(Strict):
     inputs: str
-    parameters: Annotated[GenerateParameters, BeforeValidator(_defaults_for_null)] = Field(
+    parameters: Annotated[GenerateParameters, _or_null(GenerateParameters, dict)] = Field(
         default_factory=lambda: GenerateParameters.model_validate({})
     )
     adapter_id: str | None = Field(None, description="Same as `parameters.adapter_id`.")
@@ -105,7 +100,7 @@ class TextsRequest(Strict):
     """What /classify and /embed share."""
 
     inputs: Annotated[str | list[str], BeforeValidator(_one_or_several)] = Field(description="One text, or 1 to 32.")
-    parameters: Annotated[TextsParameters, BeforeValidator(_defaults_for_null)] = Field(
+    parameters: Annotated[TextsParameters, _or_null(TextsParameters, dict)] = Field(
         default_factory=lambda: TextsParameters.model_validate({})
     )
     adapter_id: str | None = Field(None, description="Same as `parameters.adapter_id`.")

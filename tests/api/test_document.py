@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
+from server.api import schemas
 from server.api.document import api_routes
 from tests.api.conftest import Make, World
 
@@ -43,3 +45,26 @@ def test_what_may_be_streamed_says_so(world: World) -> None:
     streams = ("post /", "post /generate", "post /generate_stream", "post /v1/completions", "post /v1/chat/completions")
     found = {name: kind for name, kind in kinds.items() if "text/event-stream" in kind}
     assert found == {name: {"application/json", "text/event-stream"} for name in streams}
+
+
+REQUESTS = [
+    model
+    for model in vars(schemas).values()
+    if isinstance(model, type) and issubclass(model, schemas.Strict) and model.model_fields
+]
+
+
+@pytest.mark.parametrize("model", REQUESTS)
+def test_where_null_is_taken_the_document_says_so(model: type[schemas.Strict]) -> None:
+    document = model.model_json_schema()
+    for name, field in model.model_fields.items():
+        try:
+            model.__pydantic_validator__.validate_assignment(model.model_construct(), field.alias or name, None)
+            taken = True
+        except ValidationError:
+            taken = False
+        assert taken == _may_be_null(document["properties"][field.alias or name]), f"{model.__name__}.{name}"
+
+
+def _may_be_null(schema: dict[str, Any]) -> bool:
+    return schema.get("type") == "null" or any(map(_may_be_null, schema.get("anyOf", ())))
