@@ -27,7 +27,7 @@ from .batch import BatchBuilder, order_rows
 from .graphs import DecodeGraphs, GraphLimits, Record
 from .loader import Base
 from .readout import Readout
-from .sampling import SampleRow, sample, score_prompt
+from .sampling import LogSums, SampleRow, sample, score_prompt, torch_log_sums
 from .sites import Sites
 from .step import Step
 
@@ -59,6 +59,7 @@ class Runner:
         methods: Mapping[str, Method],
         attention: PagedAttention = torch_attention,
         write: WriteKV = torch_write,
+        log_sums: LogSums = torch_log_sums,
     ) -> None:
         shape = base.shape
         self.base = base
@@ -73,6 +74,7 @@ class Runner:
         self._prefixes: dict[Digest, Prefix] = {}
         self._adapter_bytes: int | None = None  # until asked for again after a change
         self._readout = Readout(base.model, base.device)
+        self._log_sums = log_sums
         bind(base.attention, [LayerAttention(kv[0], kv[1], self.step, attention, write) for kv in self._caches])
 
     def use_graphs(self, record: Record, limits: GraphLimits) -> None:
@@ -234,7 +236,7 @@ class Runner:
             return {}
         chosen = logits if len(places) == len(logits) else logits[torch.tensor(places, device=logits.device)]
         asked = [_sample_row(row, guesses) for _, row in picking for guesses in range(len(row.draft) + 1)]
-        tokens = iter(sample(chosen, asked))
+        tokens = iter(sample(chosen, asked, self._log_sums))
         return {i: [next(tokens) for _ in range(len(row.draft) + 1)] for i, row in picking}
 
     def _score(self, row: Row, offsets: range, logits: Tensor) -> tuple[Token, ...]:
@@ -243,7 +245,7 @@ class Runner:
         first = row.start + offsets.start + 1  # the position whose token the first kept logits predict
         targets = seq.ids[first : min(first + len(offsets), seq.prompt_end)]
         at = torch.tensor(targets, device=logits.device, dtype=torch.int64)
-        scores = score_prompt(logits[: len(targets)], at) if targets else []
+        scores = score_prompt(logits[: len(targets)], at, self._log_sums) if targets else []
         scored = [Token(i, s) for i, s in zip(targets, scores, strict=True)]
         head = [Token(seq.ids[seq.virtual], None)] if seq.scored == 0 else []
         return (*head, *scored)

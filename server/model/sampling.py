@@ -22,6 +22,9 @@ from .drawing import Draw, draw
 
 Ids = Callable[[], Sequence[int]]
 
+#: logits [K, V] fp32 contiguous -> log(sum of e^x) of each row, [K] fp64; NaN for a row that holds NaN or +infinity.
+LogSums = Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class SampleRow:
@@ -33,25 +36,37 @@ class SampleRow:
     generated: Ids
 
 
-def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Token | None]:
+def torch_log_sums(logits: Tensor) -> Tensor:
+    """What `LogSums` says, on any device."""
+    most = logits.amax(-1)
+    return (logits - most[:, None]).exp_().sum(-1).double().log() + most
+
+
+def sample(logits: Tensor, rows: Sequence[SampleRow], log_sums: LogSums = torch_log_sums) -> list[Token | None]:
     """logits [K, V] of the rows' last positions -> one token each, None where the logits are not finite."""
-    logits = logits.float()
+    logits = logits.float().contiguous()
     chosen = _choose(_penalised(logits, rows), rows)
-    logprobs = logits.log_softmax(-1)
-    # A NaN anywhere in a row makes its whole log-softmax NaN; +inf does too. One look at the chosen score suffices.
-    picked = logprobs.gather(1, chosen[:, None])[:, 0]
+    # A NaN anywhere in a row makes all of its logprobs NaN; +inf does too. One look at the chosen score suffices.
+    sums = log_sums(logits)[:, None]
+    picked = _logprobs(logits.gather(1, chosen[:, None]), sums)[:, 0]
     asked = {i: at for at, i in enumerate(i for i, row in enumerate(rows) if row.sampling.top_n)}
     if not asked:
         ids, scores = _fetch(chosen, picked)
         return [_token(int(id), score) for id, score in zip(ids, scores, strict=True)]
     widest = max(rows[i].sampling.top_n for i in asked)
-    top = torch.topk(logprobs if len(asked) == len(rows) else logprobs[list(asked)], widest, dim=-1)
-    ids, scores, best_ids, best = _fetch(chosen, picked, top.indices.flatten(), top.values.flatten())
+    of_asked = slice(None) if len(asked) == len(rows) else list(asked)
+    top = torch.topk(logits[of_asked], widest, dim=-1)
+    ids, scores, best_ids, best = _fetch(chosen, picked, top.indices.flatten(), _logprobs(top.values, sums[of_asked]).flatten())
     tokens: list[Token | None] = []
     for i, (id, score) in enumerate(zip(ids, scores, strict=True)):
         of_row = slice(asked[i] * widest, asked[i] * widest + rows[i].sampling.top_n) if i in asked else slice(0)
         tokens.append(_token(int(id), score, tuple(zip(map(int, best_ids[of_row]), best[of_row], strict=True))))
     return tokens
+
+
+def _logprobs(logits: Tensor, sums: Tensor) -> Tensor:
+    """logits [K, n] of some tokens, sums [K, 1] fp64 -> their log-softmax in fp32."""
+    return (logits - sums).float()
 
 
 def _fetch(*vectors: Tensor) -> list[list[float]]:
@@ -84,10 +99,10 @@ def _argmax(scores: Tensor) -> Tensor:
     return torch.from_numpy(scores.numpy().argmax(-1)) if scores.device.type == "cpu" else scores.argmax(-1)
 
 
-def score_prompt(logits: Tensor, targets: Tensor) -> list[float]:
+def score_prompt(logits: Tensor, targets: Tensor, log_sums: LogSums = torch_log_sums) -> list[float]:
     """logits [n, V], targets [n]: the logprob each position gives to the prompt token that follows it."""
-    logprobs = logits.float().log_softmax(-1)
-    scores: list[float] = logprobs.gather(1, targets[:, None])[:, 0].tolist()
+    logits = logits.float().contiguous()
+    scores: list[float] = _logprobs(logits.gather(1, targets[:, None]), log_sums(logits)[:, None])[:, 0].tolist()
     return scores
 
 

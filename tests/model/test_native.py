@@ -514,6 +514,32 @@ def test_activations_survive_large_values(kernels: NativeKernels, op: Callable[.
     close(op(kernels, x), op(reference, x), 1e-5)
 
 
+@pytest.mark.parametrize("width", [1, 3, 16, 37, 576, 49152])
+def test_log_sums_equal_torch(kernels: NativeKernels, width: int) -> None:
+    x = random(4, width) * 30
+    x[1] -= 1e4
+    x[2, width // 2 :] = -torch.inf
+    x[2, 0] = 3.0
+    torch.testing.assert_close(kernels.log_sums(x), reference.log_sums(x), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("at", [0, 17, 36])
+def test_log_sums_show_what_is_not_finite_and_keep_every_other_rows_bits(kernels: NativeKernels, value: float, at: int) -> None:
+    x = random(5, 37)
+    clean, alone = kernels.log_sums(x), kernels.log_sums(x[3:4])
+    x[1, at] = value
+    got = kernels.log_sums(x)
+    assert got[1].isnan()
+    assert torch.equal(got[[0, 2, 3, 4]], clean[[0, 2, 3, 4]])
+    assert torch.equal(alone, clean[3:4])
+
+
+def test_log_sums_take_fp32_alone(kernels: NativeKernels) -> None:
+    with pytest.raises(ValueError, match=r"x must be contiguous torch.float32 \[2, 7\] on the CPU, got torch.float64"):
+        kernels.log_sums(random(2, 7).double())
+
+
 @pytest.mark.parametrize(("dim", "turned"), [(64, 64), (20, 20), (48, 12), (2, 2)])
 def test_rotary_equals_torch(kernels: NativeKernels, dim: int, turned: int) -> None:
     q, k = random(1, 7, 5, dim).transpose(1, 2), random(1, 2, 7, dim, seed=1)

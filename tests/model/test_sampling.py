@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from server.model import sampling as module
-from server.model.sampling import SampleRow, sample, score_prompt
+from server.model.sampling import SampleRow, sample, score_prompt, torch_log_sums
 from server.requests import Sampling, Token
 
 VOCAB = 61
@@ -72,7 +72,7 @@ def test_half_precision_logits_are_widened() -> None:
     logits = logits_of(2).bfloat16()
     (token, _) = sample(logits, [row(), row()])
     assert token is not None
-    assert token.logprob == logits.float().log_softmax(-1)[0, token.id].item()
+    assert token.logprob == pytest.approx(logits.double().log_softmax(-1)[0, token.id].item(), abs=1e-6)
 
 
 # ---- rules, against Hugging Face ----
@@ -206,10 +206,10 @@ def test_the_ends_of_the_draw_stay_in_the_kept_tokens(extreme: float, monkeypatc
 def test_logprobs_are_the_models_own_whatever_the_rules() -> None:
     logits = logits_of(3)
     rows = [row(PROMPT, GENERATED, repetition_penalty=2.0), drawing(3, temperature=0.3, top_k=2), row()]
-    expected = logits.log_softmax(-1)
+    expected = logits.double().log_softmax(-1)
     for i, token in enumerate(sample(logits, rows)):
         assert token is not None
-        assert token.logprob == expected[i, token.id].item()
+        assert token.logprob == pytest.approx(expected[i, token.id].item(), abs=1e-6)
 
 
 def test_alternatives_are_the_best_ones_of_the_row_that_asked() -> None:
@@ -219,13 +219,20 @@ def test_alternatives_are_the_best_ones_of_the_row_that_asked() -> None:
     assert none.alternatives == ()
     for token, at, count in ((three, 1, 3), (five, 2, 5)):
         assert token is not None
-        best = logits.log_softmax(-1)[at].topk(count)
-        assert token.alternatives == tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        best = logits.double().log_softmax(-1)[at].topk(count)
+        assert [id for id, _ in token.alternatives] == best.indices.tolist()
+        assert [score for _, score in token.alternatives] == pytest.approx(best.values.tolist(), abs=1e-6)
 
 
 def test_score_prompt_is_the_logprob_of_each_next_token() -> None:
     logits, targets = logits_of(4), torch.tensor([1, 60, 0, 7])
-    assert score_prompt(logits, targets) == logits.log_softmax(-1)[torch.arange(4), targets].tolist()
+    expected = logits.double().log_softmax(-1)[torch.arange(4), targets].tolist()
+    assert score_prompt(logits, targets) == pytest.approx(expected, abs=1e-6)
+
+
+def test_log_sums_are_those_of_large_and_small_logits() -> None:
+    logits = torch.tensor([[1e4, 1e4 - 1, -1e4], [-1e4, -1e4, -1e4], [0.0, -torch.inf, -torch.inf]])
+    assert torch_log_sums(logits).tolist() == pytest.approx(logits.double().logsumexp(-1).tolist(), abs=1e-6)
 
 
 # ---- broken rows ----

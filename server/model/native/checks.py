@@ -127,6 +127,11 @@ def _elementwise(kernels: NativeKernels, random: Random) -> Pair:
     return torch.cat(got), torch.cat(want)
 
 
+def _log_sums(kernels: NativeKernels, random: Random) -> Pair:
+    x = random(5, 73) * 10
+    return kernels.log_sums(x), reference.log_sums(x)
+
+
 def _rotary(kernels: NativeKernels, random: Random) -> Pair:
     q, k, cos, sin = random(1, 3, 4, 44), random(1, 3, 4, 44), random(1, 4, 40), random(1, 4, 40)
     both = [(q.clone(), k.clone()), (q, k)]
@@ -145,4 +150,5 @@ _CHECKS: dict[str, Callable[[NativeKernels, Random], Pair]] = {
     "write_kv": _write_kv,
     "elementwise": _elementwise,
     "rotary": _rotary,
+    "log_sums": _log_sums,
 }

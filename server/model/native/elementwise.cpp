@@ -1,4 +1,4 @@
-// Norms, gated activations and rotary embedding: each one pass over its rows, each row on its own.
+// Norms, gated activations, rotary embedding and the sum under a softmax: few passes over their rows, each row on its own.
 // Owns no layout but [rows, width]; formulas are Hugging Face's.
 #include <cmath>
 
@@ -56,6 +56,29 @@ ADAPTERD_INLINE vf silu(vf x) { return x * sigmoid(x); }
 
 // 0.5 x (1 + tanh(u)) is x sigmoid(2u); u = sqrt(2 / pi) (x + 0.044715 x^3).
 ADAPTERD_INLINE vf gelu_tanh(vf x) { return x * sigmoid(1.5957691216f * (x + 0.044715f * (x * x * x))); }
+
+// Vectors of a row, two chains of `take` at a time; behind the last whole one, lanes that are not there hold `none`.
+template <typename F>
+ADAPTERD_INLINE void each_vector(const float *x, index_t width, float none, vf &one, vf &other, F take) {
+    index_t i = 0;
+    for (; i + 2 * LANES <= width; i += 2 * LANES) one = take(one, load(x + i)), other = take(other, load(x + i + LANES));
+    for (; i < width; i += LANES) {
+        float last[LANES];
+        for (int j = 0; j < LANES; j++) last[j] = i + j < width ? x[i + j] : none;
+        one = take(one, load(last));
+    }
+}
+
+// log(sum of e^x), about the largest x. NaN or infinity anywhere gives NaN: one of them subtracts it from itself.
+ADAPTERD_INLINE double log_sum(const float *x, index_t width) {
+    const float none = -std::numeric_limits<float>::infinity();
+    vf one = splat(none), other = splat(none);
+    each_vector(x, width, none, one, other, [](vf most, vf v) ADAPTERD_LAMBDA { return v > most ? v : most; });
+    const float most = largest(one > other ? one : other);
+    one = other = vf{};
+    each_vector(x, width, none, one, other, [=](vf total, vf v) ADAPTERD_LAMBDA { return total + exp(v - most); });
+    return std::log(static_cast<double>(sum(one + other))) + most;
+}
 
 void layer_norm(const float *x, const float *weight, const float *bias, float *y, index_t rows, index_t width,
                 float eps) {
@@ -143,6 +166,13 @@ ADAPTERD_EXPORT void adapterd_layer_norm(const float *x, const float *weight, co
     using namespace adapterd;
 #pragma omp parallel num_threads(threads) if (rows * width > PARALLEL_ELEMENTS)
     layer_norm(x, weight, bias, y, rows, width, eps);
+}
+
+// y[r] = log(sum over i of e^x[r][i]); x [rows, width].
+ADAPTERD_EXPORT void adapterd_log_sums(const float *x, double *y, std::int64_t rows, std::int64_t width) {
+    using namespace adapterd;
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * width > PARALLEL_ELEMENTS)
+    for (index_t r = 0; r < rows; r++) y[r] = log_sum(x + r * width, width);
 }
 
 // y = silu(gate) * up, all [rows, width].
