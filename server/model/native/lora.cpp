@@ -5,6 +5,8 @@
 //
 // Rows of one slot that stand next to each other are taken four at a time, so that a prefill reads an adapter once per
 // four rows; a decode step over distinct adapters is bound by reading A and B.
+#include <omp.h>
+
 #include <vector>
 
 #include "kernels.h"
@@ -16,6 +18,7 @@ namespace {
 constexpr int GROUP = 4;                   // rows of one slot taken together
 constexpr int WIDE = LANES == 16 ? 4 : 2;  // ranks, or vectors of columns, computed together with GROUP rows
 constexpr index_t STRIP = 8 * PANEL;       // output columns of one task
+constexpr index_t LEAD = 256;              // cache lines that are fetched before they are needed
 
 }  // namespace
 
@@ -39,6 +42,7 @@ struct Call {
     index_t in, out, rank;
     float *low;  // [n, rank] A x
     const Bend *between;  // null: nothing happens to it
+    Stream *stream;       // what this thread reads of the pools
 };
 
 std::vector<Group> groups_of(const std::int64_t *slot, index_t n) {
@@ -54,16 +58,16 @@ std::vector<Group> groups_of(const std::int64_t *slot, index_t n) {
 
 // low[r][j] = sum over i of a[j][i] * x[r][i]: lanes along i, one accumulator each, then a fixed tree and the tail.
 template <int R, int J, typename T>
-ADAPTERD_INLINE void dots(const float *const *x, const T *a, index_t in, float *low, index_t ldl) {
+ADAPTERD_INLINE void dots(const float *const *x, const T *a, index_t in, float *low, index_t ldl, Stream &stream) {
     vf acc[R][J] = {};
     index_t i = 0;
     for (; i + LANES <= in; i += LANES) {
         vf row[R];
         for (int r = 0; r < R; r++) row[r] = load(x[r] + i);
+        stream.fetch(J * LANES * sizeof(T) / Stream::LINE);
 #pragma GCC unroll 8
         for (int j = 0; j < J; j++) {
             vf weight = load(a + j * in + i);
-            __builtin_prefetch(a + (J + j) * in + i, 0, 2);
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) acc[r][j] += row[r] * weight;
         }
@@ -83,8 +87,8 @@ void down(const Call<T> &c, Group g) {
     const T *a = c.a + g.slot * c.rank * c.in;
     float *low = c.low + g.from * c.rank;
     index_t j = 0;
-    for (; j + J <= c.rank; j += J) dots<R, J>(x, a + j * c.in, c.in, low + j, c.rank);
-    for (; j < c.rank; j++) dots<R, 1>(x, a + j * c.in, c.in, low + j, c.rank);
+    for (; j + J <= c.rank; j += J) dots<R, J>(x, a + j * c.in, c.in, low + j, c.rank, *c.stream);
+    for (; j < c.rank; j++) dots<R, 1>(x, a + j * c.in, c.in, low + j, c.rank, *c.stream);
 }
 
 // Adds B's product to columns [o, to) in tiles of V vectors; returns the first column that is left over.
@@ -96,7 +100,8 @@ ADAPTERD_INLINE index_t up_tiles(const Call<T> &c, Group g, const float *low, co
         if (c.between)
             for (int r = 0; r < R; r++)
                 std::memcpy(delta + r * width, c.between->out_bias + g.slot * c.out + o, width * sizeof(float));
-        tile<R, V>(low, c.rank, Rows<T>{b + o, c.out}, c.rank, delta, width, c.between != nullptr, Ahead{delta, 0});
+        tile<R, V>(low, c.rank, Rows<T>{b + o, c.out}, c.rank, delta, width, c.between != nullptr,
+                   Streamed{c.stream, width * static_cast<index_t>(sizeof(T)) / Stream::LINE});
         for (int r = 0; r < R; r++) {
             float *y = c.y + c.index[g.from + r] * c.out + o;
             for (int v = 0; v < width; v += LANES) store(y + v, load(y + v) + load(delta + r * width + v));
@@ -145,10 +150,33 @@ void first(const Call<T> &c, Group g) {
     if (c.between) bend(*c.between, c.low + g.from * c.rank, g.count, c.rank, g.slot);
 }
 
+// Groups [from, to), each with an adapter of its own: their A and B come from memory one after another.
 template <typename T>
-void run(const Call<T> &c, const std::vector<Group> &groups) {
+void run_decodes(const Call<T> &c, const std::vector<Group> &groups, index_t from, index_t to) {
+    for (index_t g = from; g < to; g++) {
+        c.stream->add(c.a + groups[g].slot * c.rank * c.in, c.rank * c.in * sizeof(T));
+        c.stream->add(c.b + groups[g].slot * c.rank * c.out, c.rank * c.out * sizeof(T));
+    }
+    c.stream->fetch(LEAD);
+    for (index_t g = from; g < to; g++) {
+        first(c, groups[g]);
+        for (index_t o = 0; o < c.out; o += STRIP) up(c, groups[g], o, o + STRIP < c.out ? o + STRIP : c.out);
+    }
+}
+
+template <typename T>
+void run(Call<T> c, const std::vector<Group> &groups) {
+    static thread_local Stream stream;
+    stream.clear();
+    c.stream = &stream;
     index_t count = static_cast<index_t>(groups.size()), strips = (c.out + STRIP - 1) / STRIP;
-    if (count >= 2 * threads) {  // decode: whole groups per thread, so that no thread waits for the others half-way
+    if (count >= 2 * threads) {  // whole groups per thread, so that no thread waits for the others half-way
+        index_t rows = groups.back().from + groups.back().count, team = omp_get_num_threads(), mine = omp_get_thread_num();
+        if (rows < 2 * count) {
+            run_decodes(c, groups, count * mine / team, count * (mine + 1) / team);
+#pragma omp barrier
+            return;
+        }
 #pragma omp for schedule(dynamic)
         for (index_t g = 0; g < count; g++) {
             first(c, groups[g]);
@@ -169,7 +197,7 @@ void run(const Call<T> &c, const std::vector<Group> &groups) {
 template <typename T>
 Call<T> pools(const float *x, float *y, const void *a, const void *b, const std::int64_t *index, index_t in,
               index_t out, index_t rank, float *low, const Bend *between) {
-    return {x, y, static_cast<const T *>(a), static_cast<const T *>(b), index, in, out, rank, low, between};
+    return {x, y, static_cast<const T *>(a), static_cast<const T *>(b), index, in, out, rank, low, between, nullptr};
 }
 
 }  // namespace

@@ -14,6 +14,7 @@
 #include <new>
 #include <type_traits>
 #include <utility>
+#include <vector>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -63,11 +64,17 @@ ADAPTERD_INLINE vf load(const float *p) { return *reinterpret_cast<const vf_loos
 ADAPTERD_INLINE void store(float *p, vf v) { *reinterpret_cast<vf_loose *>(p) = v; }
 ADAPTERD_INLINE vf splat(float x) { return x - vf{}; }
 
-// bf16 is the upper half of an fp32, so widening is a shift and exact.
+// bf16 is the upper half of an fp32, so widening is a shift and exact. GCC widens by halves, with four shuffles, and bytes
+// one at a time, so the instruction is named where there is one.
 ADAPTERD_INLINE vf load(const std::uint16_t *p) {
+#if defined(__AVX512F__)
+    return (vf)((vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))) << 16);
+#elif defined(__AVX2__)
+    return (vf)((vu)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))) << 16);
+#else
     return (vf)(__builtin_convertvector(*reinterpret_cast<const vh_loose *>(p), vu) << 16);
+#endif
 }
-// GCC widens bytes to words one at a time, so the instruction is named where there is one.
 ADAPTERD_INLINE vf load(const std::int8_t *p) {
 #if defined(__AVX512F__)
     vi wide = (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
@@ -239,12 +246,48 @@ struct TiledPanel {
 struct Ahead {  // memory wanted soon, fetched while the tile computes: `step` bytes for every k
     const void *p;
     index_t step;
+    ADAPTERD_INLINE void fetch(index_t k) const { __builtin_prefetch(static_cast<const char *>(p) + k * step, 0, 3); }
+};
+
+// Memory that will be read piece after piece, fetched a few cache lines at a time.
+class Stream {
+  public:
+    static constexpr index_t LINE = 64;
+
+    void clear() { pieces_.clear(), next_ = 0, left_ = 0; }
+    void add(const void *p, index_t bytes) { pieces_.push_back({static_cast<const char *>(p), (bytes + LINE - 1) / LINE}); }
+
+    ADAPTERD_INLINE void fetch(index_t lines) {
+        for (; lines > 0; lines--) {
+            while (!left_) {
+                if (next_ == pieces_.size()) return;
+                at_ = pieces_[next_].p, left_ = pieces_[next_].lines, next_++;
+            }
+            __builtin_prefetch(at_, 0, 3);
+            at_ += LINE, left_--;
+        }
+    }
+
+  private:
+    struct Piece {
+        const char *p;
+        index_t lines;
+    };
+    std::vector<Piece> pieces_;
+    std::size_t next_ = 0;
+    const char *at_ = nullptr;
+    index_t left_ = 0;
+};
+
+struct Streamed {  // of a tile that reads so many lines of the stream for every k
+    Stream *stream;
+    index_t lines;
+    ADAPTERD_INLINE void fetch(index_t) const { stream->fetch(lines); }
 };
 
 // out[r][c] (+)= sum over k of x[r][k] * w[k][c], k ascending, for R rows and V * LANES columns.
-template <int R, int V, typename W>
-ADAPTERD_INLINE void tile(const float *x, index_t ldx, W w, index_t depth, float *out, index_t ldo, bool resume,
-                          Ahead ahead) {
+template <int R, int V, typename W, typename A>
+ADAPTERD_INLINE void tile(const float *x, index_t ldx, W w, index_t depth, float *out, index_t ldo, bool resume, A ahead) {
     vf acc[R][V];
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) acc[r][v] = resume ? load(out + r * ldo + v * LANES) : vf{};
@@ -252,7 +295,7 @@ ADAPTERD_INLINE void tile(const float *x, index_t ldx, W w, index_t depth, float
     const float *base[(R + 2) / 3];
     for (int g = 0; g < (R + 2) / 3; g++) base[g] = x + 3 * g * ldx;
     auto add = [&](index_t k, const vf (&row)[V]) ADAPTERD_LAMBDA {
-        __builtin_prefetch(static_cast<const char *>(ahead.p) + k * ahead.step, 0, 3);
+        ahead.fetch(k);
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++) {
             float factor = base[r / 3][(r % 3) * ldx + k];
