@@ -6,7 +6,6 @@ Owns device tensors with a leading slot axis. Knows no family's files, no model 
 from __future__ import annotations
 
 import math
-import mmap
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..host_memory import zeros
 from .base import Op, Rows, Run
 
 Groups = tuple[tuple[int, int, int], ...]
@@ -64,7 +64,8 @@ class Pool:
         size = self.tensor.shape[1:]
         if not self._reserves:
             return self.tensor.new_full((capacity, *size), self.identity)
-        return untouched_zeros((max(capacity, RESERVED), *size), self.tensor.dtype)
+        # One large page would hold many slots, and take memory for all of them with the first.
+        return zeros((max(capacity, RESERVED), *size), self.tensor.dtype, large_pages=False)
 
     def put(self, slot: int, own: Tensor) -> None:
         """own [n, ...]: all of a slot, or the first n rows of a matrix, with the identity behind them.
@@ -100,14 +101,6 @@ def raw(tensor: Tensor) -> NDArray[Any] | None:
     if tensor.device.type != "cpu":
         return None
     return (tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
-
-
-def untouched_zeros(size: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A zero tensor in host memory whose pages take memory only once they are written."""
-    pages = mmap.mmap(-1, math.prod(size) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        pages.madvise(mmap.MADV_NOHUGEPAGE)  # one large page would hold many slots
-    return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(*size)
 
 
 class PooledOp(Op):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .memory import Room
+from ..host_memory import Room
 from .native import NativeKernels
 from .native.int8 import Int8Weight
 from .sites import Extension

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from adapters_store.digest import Digest
 
+from .. import host_memory
 from ..engine.plan import Change, Copy, Evict, Fill, Put, Row, Sample
 from ..engine.plan import Sequence as Seq
 from ..methods.base import Adapter, Method, Prefix
 from ..requests import Task, Token
 from ..step_times import StepTimes
-from . import memory
 from .attention import LayerAttention, PagedAttention, WriteKV, bind, torch_attention, torch_write
 from .batch import BatchBuilder, order_rows
 from .graphs import DecodeGraphs, GraphLimits, Record
@@ -253,7 +253,9 @@ class Runner:
 
 def _zeros(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """A zero tensor; on the CPU its pages cost memory only once they are written (torch.zeros would touch them all)."""
-    return memory.zeros(size, dtype) if device.type == "cpu" else torch.zeros(size, device=device, dtype=dtype)
+    if device.type != "cpu":
+        return torch.zeros(size, device=device, dtype=dtype)
+    return host_memory.zeros(size, dtype, large_pages=True)
 
 
 def _is_soft_prompt(row: Row) -> bool:

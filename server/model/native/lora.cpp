@@ -64,7 +64,7 @@ ADAPTERD_INLINE void dots(const float *const *x, const T *a, index_t in, float *
     for (; i + LANES <= in; i += LANES) {
         vf row[R];
         for (int r = 0; r < R; r++) row[r] = load(x[r] + i);
-        stream.fetch(J * LANES * sizeof(T) / Stream::LINE);
+        stream.fetch(Stream::lines(J * LANES * sizeof(T)));
 #pragma GCC unroll 8
         for (int j = 0; j < J; j++) {
             vf weight = load(a + j * in + i);
@@ -101,7 +101,7 @@ ADAPTERD_INLINE index_t up_tiles(const Call<T> &c, Group g, const float *low, co
             for (int r = 0; r < R; r++)
                 std::memcpy(delta + r * width, c.between->out_bias + g.slot * c.out + o, width * sizeof(float));
         tile<R, V>(low, c.rank, Rows<T>{b + o, c.out}, c.rank, delta, width, c.between != nullptr,
-                   Streamed{c.stream, width * static_cast<index_t>(sizeof(T)) / Stream::LINE});
+                   Streamed{c.stream, Stream::lines(width * sizeof(T))});
         for (int r = 0; r < R; r++) {
             float *y = c.y + c.index[g.from + r] * c.out + o;
             for (int v = 0; v < width; v += LANES) store(y + v, load(y + v) + load(delta + r * width + v));

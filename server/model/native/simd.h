@@ -255,7 +255,8 @@ class Stream {
     static constexpr index_t LINE = 64;
 
     void clear() { pieces_.clear(), next_ = 0, left_ = 0; }
-    void add(const void *p, index_t bytes) { pieces_.push_back({static_cast<const char *>(p), (bytes + LINE - 1) / LINE}); }
+    static constexpr index_t lines(index_t bytes) { return (bytes + LINE - 1) / LINE; }
+    void add(const void *p, index_t bytes) { pieces_.push_back({static_cast<const char *>(p), lines(bytes)}); }
 
     ADAPTERD_INLINE void fetch(index_t lines) {
         for (; lines > 0; lines--) {

@@ -1,14 +1,16 @@
-"""Memory in large pages holds what it was given, and gives every tensor its own."""
+"""Memory from the system holds what it was given, and gives every tensor its own."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from server.model.memory import Room, zeros
+from server.host_memory import Room, zeros
 
 
-def test_zeros_are_zero_and_writable() -> None:
-    cache = zeros((2, 3, 5), torch.bfloat16)
+@pytest.mark.parametrize("large_pages", [True, False])
+def test_zeros_are_zero_and_writable(large_pages: bool) -> None:
+    cache = zeros((2, 3, 5), torch.bfloat16, large_pages=large_pages)
     assert cache.shape == (2, 3, 5)
     assert cache.is_contiguous()
     assert not cache.any()
@@ -17,7 +19,7 @@ def test_zeros_are_zero_and_writable() -> None:
 
 
 def test_of_nothing_there_is_nothing() -> None:
-    assert zeros((0, 4), torch.float32).shape == (0, 4)
+    assert zeros((0, 4), torch.float32, large_pages=True).shape == (0, 4)
     assert Room().place(torch.empty(0, 7)).shape == (0, 7)
 
 
