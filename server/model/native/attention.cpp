@@ -14,7 +14,7 @@
 
 #include "kernels.h"
 #include "simd.h"
-
+#include "team.h"
 
 namespace adapterd {
 namespace {
@@ -26,10 +26,6 @@ constexpr index_t PIECE = 4;         // chunks per piece when one task is shared
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
 using Call = AttentionCall;
-
-struct Span {
-    index_t from, to;
-};
 
 struct Task {  // queries [first, last) of one row under one KV head, and the chunks they see
     index_t row, head, first, last, chunk, chunks;
@@ -49,7 +45,7 @@ index_t position(const Call &c, const Task &t, index_t query) {
 }
 
 // Positions a query at `position` sees, clipped to a chunk and relative to its start.
-Span visible(const Call &c, index_t position, index_t chunk) {
+Range visible(const Call &c, index_t position, index_t chunk) {
     index_t base = chunk * CHUNK, from = c.window > 0 ? position + 1 - c.window : 0, to = position + 1;
     return {from > base ? from - base : 0, to < base + CHUNK ? to - base : CHUNK};
 }
@@ -60,19 +56,19 @@ struct Work {  // a thread's buffers for one task
     float *queries;  // [rows, dim], scaled
     float *scores;   // [rows, CHUNK]
     float *partial, *running;
-    Span *seen;  // [rows]
+    Range *seen;  // [rows]
 
     Work(const Call &c, index_t rows) {
         static thread_local Scratch scratch;
         float *spans;
-        index_t span = sizeof(Span) / sizeof(float), part = Partial::size(c, rows);
+        index_t span = sizeof(Range) / sizeof(float), part = Partial::size(c, rows);
         index_t sizes[] = {CHUNK * c.dim, CHUNK * c.padded(), rows * c.dim, rows * CHUNK, part, part, rows * span};
         float **parts[] = {&keys, &values, &queries, &scores, &partial, &running, &spans};
         index_t total = 0;
         for (index_t &size : sizes) total += size = (size + 15) / 16 * 16;
         float *p = scratch.floats(total);
         for (int i = 0; i < 7; p += sizes[i++]) *parts[i] = p;
-        seen = reinterpret_cast<Span *>(spans);
+        seen = reinterpret_cast<Range *>(spans);
     }
 };
 
@@ -90,7 +86,7 @@ struct Located {  // where the K and V rows of one chunk lie; positions outside 
 };
 
 // Walks the pages of one chunk: a division per page, not per position.
-void locate(const Call &c, const Task &t, index_t chunk, Span seen, Located &rows) {
+void locate(const Call &c, const Task &t, index_t chunk, Range seen, Located &rows) {
     index_t at = chunk * CHUNK + seen.from, page = at / c.block_size, offset = at % c.block_size;
     const std::int32_t *table = c.tables + t.row * c.table_width;
     for (index_t i = seen.from; i < seen.to; page++, offset = 0) {
@@ -126,7 +122,7 @@ void copy_value(const Call &c, const float *value, float *to) {
 
 // Copies one chunk of K (transposed) and, if asked to, V into panels while the next one comes from memory. What is copied for
 // positions outside `seen` is never used.
-void stage_chunk(const Call &c, const Located &rows, const Located *next, Span seen, bool values, Work &w) {
+void stage_chunk(const Call &c, const Located &rows, const Located *next, Range seen, bool values, Work &w) {
     for (index_t i = 0; i < CHUNK; i += LANES) {
         if (next)
             for (index_t j = i; j < i + LANES; j++) fetch(next->k[j], c.dim);
@@ -139,7 +135,7 @@ void stage_chunk(const Call &c, const Located &rows, const Located *next, Span s
 }
 
 // Scores of one query row become probabilities in place; lanes outside `seen` become 0.
-void softmax_row(const Call &c, Span seen, float *scores, float *m, float *l) {
+void softmax_row(const Call &c, Range seen, float *scores, float *m, float *l) {
     vi lane;
     for (int j = 0; j < LANES; j++) lane[j] = j;
     vf highest = splat(NONE);
@@ -164,7 +160,7 @@ void softmax_row(const Call &c, Span seen, float *scores, float *m, float *l) {
 }
 
 // acc of query rows [from, to) (+)= p V over positions `at`.
-void weigh(const Call &c, Work &w, index_t from, index_t to, Span at, float *acc, bool resume) {
+void weigh(const Call &c, Work &w, index_t from, index_t to, Range at, float *acc, bool resume) {
     for (index_t d = 0; d < c.padded(); d += PANEL)
         product<VECTORS>(to - from, w.scores + from * CHUNK + at.from, CHUNK,
                          Rows<float>{w.values + d * CHUNK + at.from * PANEL, PANEL}, at.to - at.from,
@@ -172,7 +168,7 @@ void weigh(const Call &c, Work &w, index_t from, index_t to, Span at, float *acc
 }
 
 // The same for rows that all see `seen`, over V as it lies in its pages: positions in one order, so the same sums.
-void weigh_direct(const Call &c, Work &w, index_t rows, const Located &where, Span seen, float *acc) {
+void weigh_direct(const Call &c, Work &w, index_t rows, const Located &where, Range seen, float *acc) {
     for (index_t from = seen.from, to; from < seen.to; from = to) {
         for (to = from + 1; to < seen.to && where.v[to] == where.v[to - 1] + c.row_stride();) to++;
         for (index_t d = 0; d < c.dim; d += PANEL)
@@ -182,8 +178,8 @@ void weigh_direct(const Call &c, Work &w, index_t rows, const Located &where, Sp
 }
 
 // Rows of one tile see overlapping spans: what all of them see is computed together, the rest row by row, in order.
-void weigh_tile(const Call &c, Work &w, index_t from, index_t to, const Span *seen, float *acc) {
-    Span common{seen[to - 1].from, seen[from].to};
+void weigh_tile(const Call &c, Work &w, index_t from, index_t to, const Range *seen, float *acc) {
+    Range common{seen[to - 1].from, seen[from].to};
     bool together = common.from < common.to;
     for (index_t r = from; r < to; r++)
         weigh(c, w, r, r + 1, {seen[r].from, together ? common.from : seen[r].to}, acc, false);
@@ -194,12 +190,12 @@ void weigh_tile(const Call &c, Work &w, index_t from, index_t to, const Span *se
 }
 
 // What all queries of a task see of a chunk together; queries ascend.
-Span seen_by_all(const Call &c, const Task &t, index_t chunk) {
+Range seen_by_all(const Call &c, const Task &t, index_t chunk) {
     return {visible(c, position(c, t, t.first), chunk).from, visible(c, position(c, t, t.last - 1), chunk).to};
 }
 
 // `after` is the task that this thread will most likely run next, or null.
-void stage(const Call &c, const Task &t, index_t chunk, Span seen, const Task *after, bool values, Located &rows, Work &w) {
+void stage(const Call &c, const Task &t, index_t chunk, Range seen, const Task *after, bool values, Located &rows, Work &w) {
     Located next;
     locate(c, t, chunk, seen, rows);
     bool more = chunk + 1 < t.chunk + t.chunks;
@@ -212,7 +208,7 @@ void stage(const Call &c, const Task &t, index_t chunk, Span seen, const Task *a
 
 void chunk_partial(const Call &c, const Task &t, index_t chunk, const Task *after, Work &w, Partial partial) {
     index_t rows = rows_of(c, t), group = c.group();
-    Span *seen = w.seen, all = seen_by_all(c, t, chunk);
+    Range *seen = w.seen, all = seen_by_all(c, t, chunk);
     for (index_t r = 0; r < rows; r++) seen[r] = visible(c, position(c, t, t.first + r / group), chunk);
     // One query's few heads read V where it lies; many rows read a copy that has no gaps.
     bool direct = t.last - t.first == 1 && rows <= MAX_ROWS && c.dim % PANEL == 0;
@@ -352,15 +348,12 @@ std::shared_ptr<AttentionPlan> attention_plan(const Call &c) {
 void team_attention(const Call &c, const AttentionPlan &plan) {
     index_t count = static_cast<index_t>(plan.tasks.size()), pieces = static_cast<index_t>(plan.pieces.size());
     if (!pieces) {
-#pragma omp for schedule(dynamic)
-        for (index_t i = 0; i < count; i++)
+        return each_taken(count, [&](index_t i) {
             run_whole(c, plan.tasks[i], i + threads < count ? &plan.tasks[i + threads] : nullptr);
-        return;
+        });
     }
-#pragma omp for schedule(dynamic)
-    for (index_t i = 0; i < pieces; i++) run_piece(c, plan.tasks[plan.pieces[i].first], plan.pieces[i].second);
-#pragma omp for schedule(static)
-    for (index_t i = 0; i < count; i++) gather_pieces(c, plan.tasks[i]);
+    each_taken(pieces, [&](index_t i) { run_piece(c, plan.tasks[plan.pieces[i].first], plan.pieces[i].second); });
+    each(count, [&](index_t i) { gather_pieces(c, plan.tasks[i]); });
 }
 
 // 0, or the number of the first broken rule; see the export below.
@@ -379,8 +372,7 @@ int attention_rule(const Call &c) {
 }
 
 void team_write(const NewKeys &c) {
-#pragma omp for schedule(static)
-    for (index_t t = 0; t < c.tokens; t++) {
+    each(c.tokens, [&](index_t t) {
         if (c.cos) {
             const float *cos = c.cos + t * c.turned, *sin = c.sin + t * c.turned;
             for (index_t h = 0; h < c.heads; h++) rotate(c.q + (t * c.heads + h) * c.dim, cos, sin, c.turned / 2);
@@ -389,7 +381,7 @@ void team_write(const NewKeys &c) {
         index_t at = c.write[t] * c.kv_heads * c.dim, from = t * c.kv_heads * c.dim;
         std::memcpy(c.k_cache + at, c.k + from, c.kv_heads * c.dim * sizeof(float));
         std::memcpy(c.v_cache + at, c.v + from, c.kv_heads * c.dim * sizeof(float));
-    }
+    });
 }
 
 }  // namespace adapterd
@@ -407,8 +399,7 @@ ADAPTERD_EXPORT int adapterd_attention(const float *q, std::int64_t q_token, std
               cu, ctx,     rows,   tokens, heads, scale,  window,     softcap,  out};
     if (int rule = attention_rule(call)) return rule;
     std::shared_ptr<AttentionPlan> plan = attention_plan(call);
-#pragma omp parallel num_threads(threads) if (plan->parallel)
-    team_attention(call, *plan);
+    in_team(plan->parallel, [&] { team_attention(call, *plan); });
     return 0;
 }
 
@@ -445,10 +436,9 @@ ADAPTERD_EXPORT int adapterd_attend(float *q, float *k, const float *v, const fl
     if (!all_within(write, tokens, blocks * block_size)) return 4;
     NewKeys fresh{q, k, v, cos, sin, turned, k_cache, v_cache, write, tokens, heads, kv_heads, dim};
     std::shared_ptr<AttentionPlan> plan = attention_plan(call);
-#pragma omp parallel num_threads(threads) if (plan->parallel || tokens * heads * dim > PARALLEL_WORK / 16)
-    {
+    in_team(plan->parallel || tokens * heads * dim > PARALLEL_WORK / 16, [&] {
         team_write(fresh);
         team_attention(call, *plan);
-    }
+    });
     return 0;
 }

@@ -7,6 +7,7 @@
 
 #include "kernels.h"
 #include "simd.h"
+#include "team.h"
 
 namespace adapterd {
 namespace {
@@ -58,7 +59,7 @@ ADAPTERD_INLINE vf mish(vf x) {
 }
 
 template <typename F>
-ADAPTERD_INLINE void each(const Bend &b, float *low, index_t rows, index_t rank, index_t slot, F f) {
+ADAPTERD_INLINE void bend_each(const Bend &b, float *low, index_t rows, index_t rank, index_t slot, F f) {
     const float *bias = b.low_bias + slot * rank;
     for (index_t r = 0; r < rows; r++, low += rank)
         for (index_t j = 0; j < rank; j += LANES) {
@@ -75,7 +76,7 @@ ADAPTERD_INLINE void each(const Bend &b, float *low, index_t rows, index_t rank,
 }  // namespace
 
 void bend(const Bend &b, float *low, index_t rows, index_t rank, index_t slot) {
-    auto with = [&](auto f) { each(b, low, rows, rank, slot, f); };
+    auto with = [&](auto f) { bend_each(b, low, rows, rank, slot, f); };
     switch (b.activation) {
         case RELU: return with([](vf x) { return at_least(x, 0.0f); });
         case RELU2: return with([](vf x) { return at_least(x, 0.0f) * at_least(x, 0.0f); });
@@ -112,7 +113,7 @@ ADAPTERD_EXPORT int adapterd_bottleneck(int activation, const float *x, float *y
     float *low = scratch.floats(n * rank + 1);
     std::shared_ptr<LoraGroups> groups = lora_groups(slot, n);
     Bend between{activation, low_bias, out_bias};
-#pragma omp parallel num_threads(threads) if (2 * n * rank * width > PARALLEL_WORK)
-    team_lora(false, x, y, down, up, index, *groups, n, width, width, rank, low, &between);
+    in_team(2 * n * rank * width > PARALLEL_WORK,
+            [&] { team_lora(false, x, y, down, up, index, *groups, n, width, width, rank, low, &between); });
     return 0;
 }

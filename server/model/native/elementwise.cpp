@@ -4,17 +4,12 @@
 
 #include "kernels.h"
 #include "simd.h"
+#include "team.h"
 
 namespace adapterd {
 namespace {
 
 constexpr index_t PARALLEL_ELEMENTS = 1 << 15;  // below this a parallel region costs more than it saves
-
-template <typename F>
-ADAPTERD_INLINE void each_row(index_t rows, F row) {
-#pragma omp for schedule(static)
-    for (index_t r = 0; r < rows; r++) row(r);
-}
 
 // sum over i of (x[i] - mean)^2, lanes first, then the tree, then the tail: one order for every row of this width.
 ADAPTERD_INLINE float squares(const float *x, index_t width, float mean) {
@@ -82,7 +77,7 @@ ADAPTERD_INLINE double log_sum(const float *x, index_t width) {
 
 void layer_norm(const float *x, const float *weight, const float *bias, float *y, index_t rows, index_t width,
                 float eps) {
-    each_row(rows, [=](index_t r) {
+    each(rows, [=](index_t r) {
         const float *from = x + r * width;
         float *to = y + r * width, mean = average(from, width);
         float scale = 1.0f / std::sqrt(squares(from, width, mean) / static_cast<float>(width) + eps);
@@ -112,7 +107,7 @@ void rotate(float *x, const float *cos, const float *sin, index_t half) {
 
 // y = weight * x / sqrt(mean(x^2) + eps); x, y [rows, width].
 void team_rms_norm(const float *x, const float *weight, float *y, index_t rows, index_t width, float eps) {
-    each_row(rows, [=](index_t r) {
+    each(rows, [=](index_t r) {
         const float *from = x + r * width;
         float scale = 1.0f / std::sqrt(squares(from, width, 0.0f) / static_cast<float>(width) + eps);
         for (index_t i = 0; i < width; i++) y[r * width + i] = weight[i] * (from[i] * scale);
@@ -120,16 +115,16 @@ void team_rms_norm(const float *x, const float *weight, float *y, index_t rows, 
 }
 
 void team_silu_mul(const float *gate, const float *up, float *y, index_t rows, index_t width) {
-    each_row(rows, [=](index_t r) { gated_row(gate + r * width, up + r * width, y + r * width, width, silu); });
+    each(rows, [=](index_t r) { gated_row(gate + r * width, up + r * width, y + r * width, width, silu); });
 }
 
 void team_gelu_tanh_mul(const float *gate, const float *up, float *y, index_t rows, index_t width) {
-    each_row(rows, [=](index_t r) { gated_row(gate + r * width, up + r * width, y + r * width, width, gelu_tanh); });
+    each(rows, [=](index_t r) { gated_row(gate + r * width, up + r * width, y + r * width, width, gelu_tanh); });
 }
 
 void team_add_rows(float *y, const float *vectors, const std::int64_t *index, const std::int64_t *slot, index_t n,
                    index_t width) {
-    each_row(n, [=](index_t r) {
+    each(n, [=](index_t r) {
         float *to = y + index[r] * width;
         const float *own = vectors + slot[r] * width;
         for (index_t i = 0; i < width; i++) to[i] += own[i];
@@ -138,7 +133,7 @@ void team_add_rows(float *y, const float *vectors, const std::int64_t *index, co
 
 void team_mul_rows(float *y, const float *vectors, const std::int64_t *index, const std::int64_t *slot, index_t n,
                    index_t width) {
-    each_row(n, [=](index_t r) {
+    each(n, [=](index_t r) {
         float *to = y + index[r] * width;
         const float *own = vectors + slot[r] * width;
         for (index_t i = 0; i < width; i++) to[i] *= own[i];
@@ -146,7 +141,7 @@ void team_mul_rows(float *y, const float *vectors, const std::int64_t *index, co
 }
 
 void team_add(const float *x, float *y, index_t rows, index_t width) {
-    each_row(rows, [=](index_t r) {
+    each(rows, [=](index_t r) {
         for (index_t i = r * width; i < (r + 1) * width; i++) y[i] += x[i];
     });
 }
@@ -156,39 +151,35 @@ void team_add(const float *x, float *y, index_t rows, index_t width) {
 ADAPTERD_EXPORT void adapterd_rms_norm(const float *x, const float *weight, float *y, std::int64_t rows,
                                        std::int64_t width, float eps) {
     using namespace adapterd;
-#pragma omp parallel num_threads(threads) if (rows * width > PARALLEL_ELEMENTS)
-    team_rms_norm(x, weight, y, rows, width, eps);
+    in_team(rows * width > PARALLEL_ELEMENTS, [&] { team_rms_norm(x, weight, y, rows, width, eps); });
 }
 
 // y = weight * (x - mean) / sqrt(var + eps) + bias; weight and bias may be null.
 ADAPTERD_EXPORT void adapterd_layer_norm(const float *x, const float *weight, const float *bias, float *y,
                                          std::int64_t rows, std::int64_t width, float eps) {
     using namespace adapterd;
-#pragma omp parallel num_threads(threads) if (rows * width > PARALLEL_ELEMENTS)
-    layer_norm(x, weight, bias, y, rows, width, eps);
+    in_team(rows * width > PARALLEL_ELEMENTS, [&] { layer_norm(x, weight, bias, y, rows, width, eps); });
 }
 
 // y[r] = log(sum over i of e^x[r][i]); x [rows, width].
 ADAPTERD_EXPORT void adapterd_log_sums(const float *x, double *y, std::int64_t rows, std::int64_t width) {
     using namespace adapterd;
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows * width > PARALLEL_ELEMENTS)
-    for (index_t r = 0; r < rows; r++) y[r] = log_sum(x + r * width, width);
+    in_team(rows * width > PARALLEL_ELEMENTS,
+            [&] { each(rows, [=](index_t r) { y[r] = log_sum(x + r * width, width); }); });
 }
 
 // y = silu(gate) * up, all [rows, width].
 ADAPTERD_EXPORT void adapterd_silu_mul(const float *gate, const float *up, float *y, std::int64_t rows,
                                        std::int64_t width) {
     using namespace adapterd;
-#pragma omp parallel num_threads(threads) if (rows * width > PARALLEL_ELEMENTS)
-    team_silu_mul(gate, up, y, rows, width);
+    in_team(rows * width > PARALLEL_ELEMENTS, [&] { team_silu_mul(gate, up, y, rows, width); });
 }
 
 // y = gelu_tanh(gate) * up, all [rows, width].
 ADAPTERD_EXPORT void adapterd_gelu_tanh_mul(const float *gate, const float *up, float *y, std::int64_t rows,
                                             std::int64_t width) {
     using namespace adapterd;
-#pragma omp parallel num_threads(threads) if (rows * width > PARALLEL_ELEMENTS)
-    team_gelu_tanh_mul(gate, up, y, rows, width);
+    in_team(rows * width > PARALLEL_ELEMENTS, [&] { team_gelu_tanh_mul(gate, up, y, rows, width); });
 }
 
 // x [heads, tokens, >= dim] by strides (floats), in place on its first `dim` features; cos, sin [tokens, dim].
@@ -196,8 +187,10 @@ ADAPTERD_EXPORT void adapterd_gelu_tanh_mul(const float *gate, const float *up, 
 ADAPTERD_EXPORT void adapterd_rotary(float *x, std::int64_t head_stride, std::int64_t token_stride, const float *cos,
                                      const float *sin, std::int64_t heads, std::int64_t tokens, std::int64_t dim) {
     using namespace adapterd;
-#pragma omp parallel for schedule(static) num_threads(threads) if (tokens * heads * dim > PARALLEL_ELEMENTS)
-    for (index_t t = 0; t < tokens; t++)
-        for (index_t h = 0; h < heads; h++)
-            rotate(x + h * head_stride + t * token_stride, cos + t * dim, sin + t * dim, dim / 2);
+    in_team(tokens * heads * dim > PARALLEL_ELEMENTS, [&] {
+        each(tokens, [=](index_t t) {
+            for (index_t h = 0; h < heads; h++)
+                rotate(x + h * head_stride + t * token_stride, cos + t * dim, sin + t * dim, dim / 2);
+        });
+    });
 }

@@ -10,6 +10,7 @@
 
 #include "kernels.h"
 #include "simd.h"
+#include "team.h"
 
 namespace adapterd {
 namespace {
@@ -142,7 +143,8 @@ ADAPTERD_EXPORT int adapterd_layer(const std::int64_t *program, std::int64_t cou
     }
     static thread_local Scratch scratch;
     auto *halves = scratch.of<std::uint16_t>(space);
-#pragma omp parallel num_threads(threads)
-    for (index_t i = 0; i < count; i++) run(Instruction{program + i * WORDS, &frame}, ready[i], halves);
+    in_team(true, [&] {
+        for (index_t i = 0; i < count; i++) run(Instruction{program + i * WORDS, &frame}, ready[i], halves);
+    });
     return 0;
 }

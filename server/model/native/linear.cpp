@@ -10,6 +10,7 @@
 // second copy in memory.
 #include "kernels.h"
 #include "simd.h"
+#include "team.h"
 
 namespace adapterd {
 
@@ -27,29 +28,25 @@ struct Call {
     index_t m, n, k;
 };
 
-struct Block {
-    index_t from, to;  // rows
-};
-
 void write_tail(const Call &c, index_t row, int rows, index_t column, const float *buffer) {
     for (int r = 0; r < rows; r++)
         std::memcpy(c.y + (row + r) * c.n + column, buffer + r * PANEL, (c.n - column) * sizeof(float));
 }
 
-void scale(const Call &c, Block block, index_t column, const float *scales) {
+void scale(const Call &c, Range block, index_t column, const float *scales) {
     index_t width = c.n - column < PANEL ? c.n - column : PANEL;
     for (index_t r = block.from; r < block.to; r++)
         for (index_t j = 0; j < width; j++) c.y[r * c.n + column + j] *= scales[j];
 }
 
-void add_bias(const Call &c, Block block, index_t column) {
+void add_bias(const Call &c, Range block, index_t column) {
     index_t width = c.n - column < PANEL ? c.n - column : PANEL;
     for (index_t r = block.from; r < block.to; r++)
         for (index_t j = 0; j < width; j++) c.y[r * c.n + column + j] += c.bias[column + j];
 }
 
 template <typename W>
-void panel_product(const Call &c, Block block, index_t column, W w, Ahead ahead) {
+void panel_product(const Call &c, Range block, index_t column, W w, Ahead ahead) {
     index_t rows = block.to - block.from, tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
     bool whole = column + PANEL <= c.n;
     float buffer[MAX_ROWS * PANEL];
@@ -64,12 +61,12 @@ void panel_product(const Call &c, Block block, index_t column, W w, Ahead ahead)
 }
 
 // The next panel is fetched evenly over this panel's tiles: the first tile would otherwise wait for memory alone.
-Ahead next_panel(const void *panel, index_t row_bytes, index_t k, Block block) {
+Ahead next_panel(const void *panel, index_t row_bytes, index_t k, Range block) {
     index_t tiles = (block.to - block.from + MAX_ROWS - 1) / MAX_ROWS;
     return {static_cast<const char *>(panel) + row_bytes * k, row_bytes / tiles};
 }
 
-void one_panel(const Call &c, Block block, index_t p, int form) {
+void one_panel(const Call &c, Range block, index_t p, int form) {
     index_t row_bytes = PANEL * (form == INT8 ? 1 : form == FP32 ? 4 : 2), depth = form == TILES ? (c.k + 31) / 32 * 32 : c.k;
     index_t header = form == INT8 ? PANEL * sizeof(float) : 0, column = p * PANEL;
     const char *scales = static_cast<const char *>(c.panels) + p * (header + depth * row_bytes), *panel = scales + header;
@@ -90,12 +87,10 @@ void team_panels(const Call &call, int form) {
     index_t fitting = BLOCK_BYTES / (4 * (call.k > 0 ? call.k : 1)) / MAX_ROWS * MAX_ROWS;
     index_t height = fitting > 4 * MAX_ROWS ? fitting : 4 * MAX_ROWS;
     index_t blocks = (call.m + height - 1) / height, count = (call.n + PANEL - 1) / PANEL;
-#pragma omp for schedule(static)
-    for (index_t task = 0; task < blocks * count; task++) {
+    each(blocks * count, [&](index_t task) {
         index_t b = task / count;
-        Block block{call.m * b / blocks, call.m * (b + 1) / blocks};
-        one_panel(call, block, task % count, form);
-    }
+        one_panel(call, {call.m * b / blocks, call.m * (b + 1) / blocks}, task % count, form);
+    });
 }
 
 }  // namespace
@@ -123,6 +118,5 @@ ADAPTERD_EXPORT void adapterd_linear(int form, const float *x, const void *panel
     using namespace adapterd;
     static thread_local Scratch scratch;
     auto *space = form == TILES && prompt < m ? scratch.of<std::uint16_t>(tiles_space(k)) : nullptr;
-#pragma omp parallel num_threads(threads) if (m * n * k > PARALLEL_WORK)
-    team_linear(form, x, panels, bias, y, m, n, k, prompt, space);
+    in_team(m * n * k > PARALLEL_WORK, [&] { team_linear(form, x, panels, bias, y, m, n, k, prompt, space); });
 }

@@ -5,12 +5,11 @@
 //
 // Rows of one slot that stand next to each other are taken four at a time, so that a prefill reads an adapter once per
 // four rows; a decode step over distinct adapters is bound by reading A and B.
-#include <omp.h>
-
 #include <vector>
 
 #include "kernels.h"
 #include "simd.h"
+#include "team.h"
 
 namespace adapterd {
 namespace {
@@ -150,15 +149,15 @@ void first(const Call<T> &c, Group g) {
     if (c.between) bend(*c.between, c.low + g.from * c.rank, g.count, c.rank, g.slot);
 }
 
-// Groups [from, to), each with an adapter of its own: their A and B come from memory one after another.
+// Groups that each have an adapter of their own: their A and B come from memory one after another.
 template <typename T>
-void run_decodes(const Call<T> &c, const std::vector<Group> &groups, index_t from, index_t to) {
-    for (index_t g = from; g < to; g++) {
+void run_decodes(const Call<T> &c, const std::vector<Group> &groups, Range mine) {
+    for (index_t g = mine.from; g < mine.to; g++) {
         c.stream->add(c.a + groups[g].slot * c.rank * c.in, c.rank * c.in * sizeof(T));
         c.stream->add(c.b + groups[g].slot * c.rank * c.out, c.rank * c.out * sizeof(T));
     }
     c.stream->fetch(LEAD);
-    for (index_t g = from; g < to; g++) {
+    for (index_t g = mine.from; g < mine.to; g++) {
         first(c, groups[g]);
         for (index_t o = 0; o < c.out; o += STRIP) up(c, groups[g], o, o + STRIP < c.out ? o + STRIP : c.out);
     }
@@ -171,27 +170,21 @@ void run(Call<T> c, const std::vector<Group> &groups) {
     c.stream = &stream;
     index_t count = static_cast<index_t>(groups.size()), strips = (c.out + STRIP - 1) / STRIP;
     if (count >= 2 * threads) {  // whole groups per thread, so that no thread waits for the others half-way
-        index_t rows = groups.back().from + groups.back().count, team = omp_get_num_threads(), mine = omp_get_thread_num();
-        if (rows < 2 * count) {
-            run_decodes(c, groups, count * mine / team, count * (mine + 1) / team);
-#pragma omp barrier
-            return;
+        if (groups.back().from + groups.back().count < 2 * count) {
+            run_decodes(c, groups, member.share(count));
+            return member.meet();
         }
-#pragma omp for schedule(dynamic)
-        for (index_t g = 0; g < count; g++) {
+        return each_taken(count, [&](index_t g) {
             first(c, groups[g]);
             for (index_t from = 0; from < c.out; from += STRIP)
                 up(c, groups[g], from, from + STRIP < c.out ? from + STRIP : c.out);
-        }
-        return;
+        });
     }
-#pragma omp for schedule(static)
-    for (index_t g = 0; g < count; g++) first(c, groups[g]);
-#pragma omp for schedule(static)
-    for (index_t t = 0; t < count * strips; t++) {
+    each(count, [&](index_t g) { first(c, groups[g]); });
+    each(count * strips, [&](index_t t) {
         index_t from = t % strips * STRIP, to = from + STRIP < c.out ? from + STRIP : c.out;
         up(c, groups[t / strips], from, to);
-    }
+    });
 }
 
 template <typename T>
@@ -229,7 +222,7 @@ ADAPTERD_EXPORT int adapterd_lora(int bf16, const float *x, float *y, const void
     static thread_local Scratch scratch;
     float *low = scratch.floats(n * rank + 1);
     LoraGroups groups{groups_of(slot, n)};
-#pragma omp parallel num_threads(threads) if (n * rank * (in + out) > PARALLEL_WORK)
-    team_lora(bf16 != 0, x, y, a, b, index, groups, n, in, out, rank, low);
+    in_team(n * rank * (in + out) > PARALLEL_WORK,
+            [&] { team_lora(bf16 != 0, x, y, a, b, index, groups, n, in, out, rank, low); });
     return 0;
 }

@@ -11,11 +11,11 @@
 
 #include "kernels.h"
 #include "simd.h"
+#include "team.h"
 
 #if defined(__AMX_BF16__) && defined(__AVX512BW__) && defined(__linux__)
 #define ADAPTERD_TILES 1
 #include <immintrin.h>
-#include <omp.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -46,16 +46,6 @@ struct Call {
     index_t panel_bytes() const { return steps * 2 * TILE * static_cast<index_t>(sizeof(bf16)); }
     const char *panel(index_t p) const { return reinterpret_cast<const char *>(panels) + p * panel_bytes(); }
 };
-
-struct Range {
-    index_t from, to;
-};
-
-// What this thread of the team does of `count`.
-Range share(index_t count) {
-    index_t team = omp_get_num_threads(), mine = omp_get_thread_num();
-    return {count * mine / team, count * (mine + 1) / team};
-}
 
 // Tiles of rows whose pieces stay in the second-level cache.
 index_t block_tiles(index_t steps) {
@@ -195,7 +185,7 @@ void cut_rows(const Call &c, Range rows, bf16 *pieces) {
 
 // Few rows: each thread has its panels, and cuts every row for itself, which is sooner done than waited for.
 void by_panels(const Call &c, bf16 *pieces) {
-    Range mine = share((c.n + PANEL - 1) / PANEL);
+    Range mine = member.share((c.n + PANEL - 1) / PANEL);
     for (index_t line = 0; mine.from < mine.to && line < FIRST_LINES; line++)
         __builtin_prefetch(c.panel(mine.from) + line * LINE, 0, 2);
     cut_rows(c, {0, c.m}, pieces);
@@ -204,7 +194,7 @@ void by_panels(const Call &c, bf16 *pieces) {
 
 // Many rows: each thread has its own, and cuts as many at a time as stay in the cache while all panels pass.
 void by_rows(const Call &c, bf16 *pieces) {
-    Range mine = share((c.m + SIDE - 1) / SIDE);
+    Range mine = member.share((c.m + SIDE - 1) / SIDE);
     index_t height = block_tiles(c.steps);
     for (index_t tile = mine.from; tile < mine.to; tile += height) {
         Range rows{tile * SIDE, std::min(std::min(tile + height, mine.to) * SIDE, c.m)};
@@ -227,8 +217,8 @@ bool few_for_tiles(index_t rows) { return rows <= FEW; }
 void team_both(const float *x, const void *panels, const float *bias, float *y, index_t m, index_t n, index_t k,
                index_t prompt, std::uint16_t *space) {
     Call call{x + prompt * k, static_cast<const bf16 *>(panels), bias, y + prompt * n, m - prompt, n, k, (k + STEP - 1) / STEP};
-    bf16 *pieces = space + omp_get_thread_num() * own_space(call.steps);
-    Range mine = share((n + PANEL - 1) / PANEL);
+    bf16 *pieces = space + member.place * own_space(call.steps);
+    Range mine = member.share((n + PANEL - 1) / PANEL);
     configure();
     cut_rows(call, {0, call.m}, pieces);
     for (index_t p = mine.from; p < mine.to; p++) {
@@ -236,20 +226,20 @@ void team_both(const float *x, const void *panels, const float *bias, float *y, 
         strip<1>(call, pieces, {0, call.m}, p, 0);
     }
     _tile_release();
-#pragma omp barrier
+    member.meet();
 }
 
 void team_tiles(const float *x, const void *panels, const float *bias, float *y, index_t m, index_t n, index_t k,
                 std::uint16_t *space) {
     Call call{x, static_cast<const bf16 *>(panels), bias, y, m, n, k, (k + STEP - 1) / STEP};
-    bf16 *pieces = space + omp_get_thread_num() * own_space(call.steps);
+    bf16 *pieces = space + member.place * own_space(call.steps);
     configure();
     if (m <= FEW)
         by_panels(call, pieces);
     else
         by_rows(call, pieces);
     _tile_release();
-#pragma omp barrier
+    member.meet();
 }
 
 #else
