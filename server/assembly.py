@@ -163,8 +163,8 @@ def _runner(settings: Settings, base: Base, cache: CacheShape, limits: Scheduler
     """With CUDA graphs where they are asked for and possible: their spare rows write to a block that nobody is given."""
     methods = build_methods(kernels.lora, kernels.linear, kernels.bottleneck)
     if not _graphs(settings, kernels):
-        return Runner(base, cache, methods, kernels.attention, kernels.write, kernels.log_sums)
-    runner = Runner(base, replace(cache, blocks=cache.blocks + 1), methods, kernels.attention, kernels.write, kernels.log_sums)
+        return Runner(base, cache, methods, kernels)
+    runner = Runner(base, replace(cache, blocks=cache.blocks + 1), methods, kernels)
     width = -(-limits.max_total_tokens // cache.block_size) + 1
     runner.use_graphs(CudaRecord(), GraphLimits(limits.max_running, width, cache.block_size, spare_block=cache.blocks))
     return runner

@@ -133,9 +133,7 @@ class Lab:
         self.events: list[Event] = []
         base: Base = make_base(model, BASE, torch.device("cpu"), torch.float32, kernels.prepare)
         methods = build_methods(kernels.lora, kernels.linear, kernels.bottleneck)
-        self.runner = RecordingRunner(
-            base, CacheShape(blocks, block_size), methods, kernels.attention, kernels.write, kernels.log_sums
-        )
+        self.runner = RecordingRunner(base, CacheShape(blocks, block_size), methods, kernels)
         self.runner.logits = {}
         limits = SchedulerLimits(
             max_batch_tokens,

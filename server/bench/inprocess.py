@@ -121,7 +121,7 @@ class EngineUnderTest:
         base = load_base(directory, device, torch.float32, kernels.prepare)
         blocks = 1 + rows * (-(-tokens // _BLOCK) + _SPARE)
         methods = build_methods(kernels.lora, kernels.linear, kernels.bottleneck)
-        runner = Runner(base, CacheShape(blocks, _BLOCK), methods, kernels.attention, kernels.write, kernels.log_sums)
+        runner = Runner(base, CacheShape(blocks, _BLOCK), methods, kernels)
         budget: int = Settings.model_fields["max_batch_tokens"].default
         context = min(base.shape.max_positions, (blocks - 2) * _BLOCK)
         limits = SchedulerLimits(budget, rows, rows, context, splits_prompts=kernels.splits_prompts)

@@ -89,7 +89,7 @@ class Subject:
         self._blocks = -(-max(WINDOW, PROMPT + NEW) // BLOCK)
         methods = build_methods(kernels.lora, kernels.linear, kernels.bottleneck)
         shape = CacheShape(1 + rows * self._blocks, BLOCK)
-        self._runner = Runner(base, shape, methods, kernels.attention, kernels.write, kernels.log_sums)
+        self._runner = Runner(base, shape, methods, kernels)
 
     def logprobs(self, ids: Sequence[int]) -> list[float]:
         """Of every token but the first of each window."""

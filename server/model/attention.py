@@ -3,7 +3,7 @@
 Owns the cache tensors and the guard that refuses a model whose attention is not understood. Knows no requests: what to
 read and write comes from `Step`.
 
-    layer's cache   keys, values  [blocks, block_size, kv_heads, head_dim]
+    layer's cache   keys, values  [blocks, block_size, kv_heads, head_dim], in memory as the kernels like it (`MakeCaches`)
     step.write      where this step's K/V go;  step.tables  where each row's context lies
 """
 
@@ -21,6 +21,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import AdapterdError
+from .native import CacheSize
 from .step import Step
 
 NAME = "adapterd"
@@ -72,6 +73,11 @@ class WriteKV(Protocol):
     def __call__(self, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, write: Tensor) -> None: ...
 
 
+#: Makes one layer's keys and values, logically of the size given, in the order of memory that its kernels read, from
+#: whatever makes a zero tensor.
+MakeCaches = Callable[[Callable[[tuple[int, ...]], Tensor], CacheSize], tuple[Tensor, Tensor]]
+
+
 @dataclass
 class LayerAttention:
     """One layer's cache and how to attend over it. Invariant: block 0 stays zero."""
@@ -86,6 +92,11 @@ class LayerAttention:
         """q [1, Hq, T, D], k and v [1, Hkv, T, D] (keys after RoPE) -> [1, T, Hq, D]."""
         self.write(k, v, self.keys, self.values, self.step.write)
         return self.kernel(q[0].transpose(0, 1), self.keys, self.values, self.step, scale, window, softcap)[None]
+
+
+def torch_caches(zeros: Callable[[tuple[int, ...]], Tensor], size: CacheSize) -> tuple[Tensor, Tensor]:
+    """The pure-torch `MakeCaches`: contiguous."""
+    return zeros(size), zeros(size)
 
 
 def torch_write(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, write: Tensor) -> None:

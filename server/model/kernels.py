@@ -19,11 +19,11 @@ from ..methods.bottleneck import Kernel as BottleneckKernel
 from ..methods.lora import Kernel as LoraKernel
 from ..methods.maps import LinearMap, MakeLinear
 from . import cuda
-from .attention import PagedAttention, WriteKV, torch_attention, torch_write
+from .attention import MakeCaches, PagedAttention, WriteKV, torch_attention, torch_caches, torch_write
 from .fused import fuse_model
 from .fused_layer import fuse_layers
 from .linear import pack_model
-from .native import NativeKernels, NativeUnavailable, open_library
+from .native import NativeKernels, NativeUnavailable, make_caches, open_library
 from .quantized import quantize_model
 from .sampling import LogSums, torch_log_sums
 from .step import Step
@@ -36,6 +36,7 @@ class Kernels:
     name: str  # for the log and /info: "native" or "torch (why)"
     attention: PagedAttention = torch_attention
     write: WriteKV = torch_write
+    caches: MakeCaches = torch_caches
     lora: LoraKernel | None = None  # None: LoRA's own torch arithmetic
     linear: MakeLinear | None = None  # of matrices that adapters bring; None: torch's products
     bottleneck: BottleneckKernel | None = None  # None: torch's products
@@ -108,6 +109,7 @@ def native_kernels(native: NativeKernels) -> Kernels:
         "native",
         attention,
         native.write_kv,
+        make_caches,
         lora,
         linear,
         bottleneck,

@@ -268,7 +268,7 @@ def _instructions(parts: LayerParts, layer: LayerAttention, tokens: int, space: 
         _normed(parts.norm, normed, space),
         *(_adapted(module, normed, wide[name], space) for name, module in (("q", parts.q), ("k", parts.k), ("v", parts.v))),
         [
-            (library.WRITE, wide["q"], wide["k"], wide["v"], *caches, blocks * size, at.heads, at.kv_heads, at.dim),
+            (library.WRITE, wide["q"], wide["k"], wide["v"], *caches, blocks, size, at.heads, at.kv_heads, at.dim),
             (
                 library.ATTEND, wide["q"], *caches, blocks, size, at.dim, at.heads, at.kv_heads,
                 _number(at.scale), at.window, _number(at.softcap), mixed,

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import partial
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -22,12 +23,13 @@ from ..engine.plan import Sequence as Seq
 from ..methods.base import Adapter, Method, Prefix
 from ..requests import Task, Token
 from ..step_times import StepTimes
-from .attention import LayerAttention, PagedAttention, WriteKV, bind, torch_attention, torch_write
+from .attention import LayerAttention, bind
 from .batch import BatchBuilder, order_rows
 from .graphs import DecodeGraphs, GraphLimits, Record
+from .kernels import Kernels
 from .loader import Base
 from .readout import Readout
-from .sampling import LogSums, SampleRow, sample, score_prompt, torch_log_sums
+from .sampling import SampleRow, sample, score_prompt
 from .sites import Sites
 from .step import Step
 
@@ -57,25 +59,25 @@ class Runner:
         base: Base,
         cache: CacheShape,
         methods: Mapping[str, Method],
-        attention: PagedAttention = torch_attention,
-        write: WriteKV = torch_write,
-        log_sums: LogSums = torch_log_sums,
+        kernels: Kernels,
     ) -> None:
         shape = base.shape
         self.base = base
         self.times = StepTimes()  # shared with whoever calls `run`
         self.step = Step()
         self.sites = Sites(base.model, shape, self.step, methods, base.device, base.dtype)
-        size = (2, cache.blocks, cache.block_size, shape.num_kv_heads, shape.head_dim)
-        self._caches = [_zeros(size, base.device, base.dtype) for _ in range(shape.num_layers)]
+        size = (cache.blocks, cache.block_size, shape.num_kv_heads, shape.head_dim)
+        zeros = partial(_zeros, device=base.device, dtype=base.dtype)
+        self._caches = [kernels.caches(zeros, size) for _ in range(shape.num_layers)]
         self._batch = BatchBuilder(self.step, cache.block_size, base.device)
         self._embed = base.model.get_input_embeddings()  # type: ignore[operator]
         self._graphs: DecodeGraphs | None = None
         self._prefixes: dict[Digest, Prefix] = {}
         self._adapter_bytes: int | None = None  # until asked for again after a change
         self._readout = Readout(base.model, base.device)
-        self._log_sums = log_sums
-        bind(base.attention, [LayerAttention(kv[0], kv[1], self.step, attention, write) for kv in self._caches])
+        self._log_sums = kernels.log_sums
+        layers = [LayerAttention(*caches, self.step, kernels.attention, kernels.write) for caches in self._caches]
+        bind(base.attention, layers)
 
     def use_graphs(self, record: Record, limits: GraphLimits) -> None:
         """From now on, steps of decodes are recorded once and replayed. The cache must have the limits' spare block."""
@@ -104,8 +106,8 @@ class Runner:
                     case Fill(digest, blocks):
                         self._fill(self._prefixes[digest], blocks)
                     case Copy(source, target):
-                        for cache in self._caches:
-                            cache[:, target] = cache[:, source]
+                        for cache in chain.from_iterable(self._caches):
+                            cache[target] = cache[source]
 
     def _put(self, adapter: Adapter, slots: Mapping[str, int]) -> None:
         with self._changing(slots):
@@ -140,11 +142,11 @@ class Runner:
         if prefix.keys is None or prefix.values is None:
             raise ValueError("a prefix of embeddings or tokens has no K/V to write")
         at = torch.tensor(blocks, device=self.base.device)
-        for layer, cache in enumerate(self._caches):
-            for half, stored in ((0, prefix.keys), (1, prefix.values)):
-                padded = torch.zeros((len(blocks) * cache.shape[2], *cache.shape[3:]), device=cache.device, dtype=cache.dtype)
+        for layer, caches in enumerate(self._caches):
+            for cache, stored in zip(caches, (prefix.keys, prefix.values), strict=True):
+                padded = torch.zeros((len(blocks) * cache.shape[1], *cache.shape[2:]), device=cache.device, dtype=cache.dtype)
                 padded[: prefix.length] = stored[layer].to(cache)
-                cache[half][at] = padded.view(len(blocks), *cache.shape[2:])
+                cache[at] = padded.view(len(blocks), *cache.shape[1:])
 
     def release_memory(self) -> None:
         """Let go of what is kept for speed alone: weights gathered for a composition, and the allocator's free blocks."""
@@ -154,14 +156,14 @@ class Runner:
 
     def scratch_blocks(self, positions: int) -> list[int]:
         """Blocks for a sequence of so many positions that nobody waits for, while nothing else runs: always the same ones."""
-        return list(range(1, 1 - -positions // self._caches[0].shape[2]))
+        return list(range(1, 1 - -positions // self._caches[0][0].shape[1]))
 
     def warm_up(self, tokens: int) -> int:
         """One pass over `tokens` tokens before anybody waits for one; returns the bytes of cache it wrote.
 
         Threads start and buffers grow to a full step's size, so that what the process holds afterwards is what it needs.
         """
-        blocks, size = self._caches[0].shape[1:3]
+        blocks, size = self._caches[0][0].shape[:2]
         count = min(tokens, (blocks - 1) * size)
         scratch = self.scratch_blocks(count)
         self.run([Row(Seq(None, (), b"", 0, [0] * count, count, blocks=scratch), 0, count)])

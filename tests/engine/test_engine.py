@@ -23,6 +23,7 @@ from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.errors import AdapterdError, AdapterError, GenerationError, NotFoundError, OverloadedError, UnavailableError
 from server.methods import build_methods
 from server.methods.base import Adapter, Part, Prefix
+from server.model.kernels import Kernels
 from server.model.loader import make_base
 from server.model.runner import CacheShape, Runner
 from server.requests import Event, FinishReason, Request, Sampling
@@ -101,7 +102,7 @@ class Running:
 
     def __init__(self, load: Callable[[Digest], Adapter] = KNOWN.__getitem__, **options: int) -> None:
         base = make_base(tiny_model("llama"), BASE, CPU, torch.float32)
-        self.runner = Runner(base, CacheShape(129, 4), build_methods())
+        self.runner = Runner(base, CacheShape(129, 4), build_methods(), Kernels("torch"))
         self.limits = SchedulerLimits(options.get("budget", 32), options.get("running", 8), options.get("waiting", 64), 200)
         self.scheduler = Scheduler(Pages(129, 4), Residency(options.get("slots", 4)), self.limits, BASE, [2])
         self.observer = Observer()

@@ -22,6 +22,7 @@ from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.watchdog import FIRST_STEP, Pulse
 from server.methods import build_methods
 from server.methods.base import Adapter, Part
+from server.model.kernels import Kernels
 from server.model.loader import make_base
 from server.model.runner import CacheShape, Runner
 from server.requests import Event, Request, Sampling
@@ -67,7 +68,7 @@ class Hanging:
 
     def __init__(self) -> None:
         base = make_base(tiny_model("llama"), BASE, torch.device("cpu"), torch.float32)
-        self.runner = Runner(base, CacheShape(65, 4), build_methods())
+        self.runner = Runner(base, CacheShape(65, 4), build_methods(), Kernels("torch"))
         self.go, self.entered = threading.Event(), threading.Event()
         self.clock = Clock()
         self.ended: dict[str, Future[Event]] = {}

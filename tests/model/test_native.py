@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from server.methods.activations import ACTIVATIONS
-from server.model.native import NativeKernels, NativeUnavailable, library, load, open_library, reference
+from server.model.native import NativeKernels, NativeUnavailable, library, load, make_caches, open_library, reference
 from server.model.native.build import find_compiler, library_path, prebuild
 from server.model.native.int8 import Int8Weight, pack_int8, unpack_int8
 from server.model.native.library import pack, unpack
@@ -331,6 +331,15 @@ def test_lora_refuses_pools_that_do_not_fit(kernels: NativeKernels) -> None:
 # ---- attention ----
 
 
+def laid_out(*caches: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [blocks, block_size, Hkv, D] in the memory order of the kernels."""
+    blocks, size, kv_heads, dim = caches[0].shape
+    made = make_caches(torch.zeros, (blocks, size, kv_heads, dim))
+    for own, wanted in zip(made, caches, strict=True):
+        own.copy_(wanted)
+    return made
+
+
 class Batch:
     """R rows with random pages: `lengths[i]` queries at the end of `contexts[i]` positions."""
 
@@ -341,7 +350,8 @@ class Batch:
         self.starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
         self.contexts = torch.tensor(contexts, dtype=torch.int32)
         self.q = random(sum(lengths), heads, dim)
-        self.keys, self.values = (random(sum(needed) + 4, size, kv_heads, dim, seed=s) for s in (1, 2))
+        shape = (sum(needed) + 4, size, kv_heads, dim)
+        self.keys, self.values = laid_out(random(*shape, seed=1), random(*shape, seed=2))
         self.size = size
 
     def run(self, attend: Callable[..., Tensor], **how: float) -> Tensor:
@@ -367,8 +377,8 @@ HOW = [{}, {"window": 7}, {"window": 100, "softcap": 2.0}, {"softcap": 1.5}]
 @quick
 @given(
     rows=st.lists(st.tuples(st.integers(0, 50), st.integers(1, 180)), min_size=1, max_size=4),
-    shape=st.sampled_from([(4, 2, 64), (9, 3, 20), (3, 3, 8), (6, 1, 33), (2, 2, 1)]),
-    size=st.sampled_from([1, 5, 16]),
+    shape=st.sampled_from([(4, 2, 64), (9, 3, 20), (3, 3, 8), (6, 1, 33), (2, 2, 1), (14, 1, 96)]),
+    size=st.sampled_from([1, 5, 16, 32, 128]),
     how=st.sampled_from(HOW),
 )
 def test_attention_equals_torch(
@@ -380,10 +390,11 @@ def test_attention_equals_torch(
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("dim", "size"), [(20, 16), (64, 16), (64, 5)])
 def test_a_query_has_the_same_bits_alone_in_a_prefill_and_in_company(
-    kernels: NativeKernels, how: dict[str, float], threads: int
+    kernels: NativeKernels, how: dict[str, float], threads: int, dim: int, size: int
 ) -> None:
-    batch = Batch([1, 70, 3, 1], [700, 150, 3, 65], 6, 2, 20)
+    batch = Batch([1, 70, 3, 1], [700, 150, 3, 65], 6, 2, dim, size)
     kernels.set_threads(threads)
     together = batch.run(kernels.attention, **how)
     for row, count in enumerate([1, 70, 3, 1]):
@@ -466,7 +477,7 @@ def test_attention_refuses_wrong_tensors(kernels: NativeKernels) -> None:
 def test_write_kv_equals_torch(kernels: NativeKernels) -> None:
     k, v = random(1, 7, 3, 12).transpose(1, 2), random(1, 7, 3, 12, seed=1).transpose(1, 2)
     write = torch.tensor([5, 0, 2, 11, 9, 1, 3])
-    caches = [[torch.zeros(3, 4, 3, 12), torch.zeros(3, 4, 3, 12)] for _ in range(2)]
+    caches = make_caches(torch.zeros, (3, 4, 3, 12)), (torch.zeros(3, 4, 3, 12), torch.zeros(3, 4, 3, 12))
     kernels.write_kv(k, v, *caches[0], write)
     reference.write_kv(k, v, *caches[1], write)
     assert torch.equal(caches[0][0], caches[1][0])

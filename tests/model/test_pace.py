@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from server.engine.plan import Row
 from server.methods import build_methods
 from server.model import pace
+from server.model.kernels import Kernels
 from server.model.loader import make_base
 from server.model.pace import DECODES, LEAST, SHARE, chunk_for, tokens_beside_streams
 from server.model.runner import CacheShape, Runner
@@ -19,7 +21,7 @@ from tests.tiny import tiny_model
 
 def new_runner(blocks: int = 64) -> Runner:
     base = make_base(tiny_model("llama"), BASE, torch.device("cpu"), torch.float32)
-    return Runner(base, CacheShape(blocks, 4), build_methods())
+    return Runner(base, CacheShape(blocks, 4), build_methods(), Kernels("torch"))
 
 
 def test_the_chunk_adds_its_share_of_a_step() -> None:
@@ -56,7 +58,7 @@ def test_the_chunk_is_found_from_steps_of_its_own_size(timed: list[list[int]]) -
 def test_measuring_needs_no_more_cache_than_a_full_step(timed: list[list[int]]) -> None:
     runner = new_runner(blocks=9)
     assert tokens_beside_streams(runner, 15) == 15
-    used = torch.stack(runner._caches).transpose(0, 2).flatten(1).any(1)
+    used = torch.stack(list(chain.from_iterable(runner._caches)), 1).flatten(1).any(1)
     assert used.tolist() == [False] + [True] * 4 + [False] * 4
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from server.engine.plan import Sequence as Seq
 from server.methods import build_methods
 from server.methods.base import Adapter, BaseShape, Part, Prefix
 from server.model.batch import BatchBuilder
+from server.model.kernels import Kernels
 from server.model.loader import make_base
 from server.model.runner import CacheShape, Runner, block_nbytes
 from server.requests import Request, Sampling, Token
@@ -32,7 +34,7 @@ def _one_thread() -> None:
 
 def new_runner(blocks: int = 32) -> Runner:
     base = make_base(tiny_model("llama"), BASE, CPU, torch.float32)
-    return Runner(base, CacheShape(blocks, SIZE), build_methods())
+    return Runner(base, CacheShape(blocks, SIZE), build_methods(), Kernels("torch"))
 
 
 def sequence(ids: Sequence[int], blocks: Sequence[int] = (3, 7, 5, 9), **sampling: object) -> Seq:
@@ -55,7 +57,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def caches(runner: Runner) -> Tensor:
     """[layers, 2, blocks, block_size, kv_heads, head_dim]"""
-    return torch.stack(runner._caches)
+    return torch.stack([torch.stack(caches) for caches in runner._caches])
 
 
 # ---- sizes ----
@@ -145,8 +147,8 @@ def test_fill_writes_a_prefix_and_nothing_behind_it() -> None:
     runner = new_runner()
     keys, values = random(2, 6, 2, 8), random(2, 6, 2, 8, seed=1)
     adapter = Adapter(Digest.of(b"p"), (Part("prefix_tuning", prefix=Prefix(6, keys, values)),))
-    for cache in runner._caches:
-        cache[:, 9] = torch.nan  # what the block's last owner left
+    for cache in chain.from_iterable(runner._caches):
+        cache[9] = torch.nan  # what the block's last owner left
     runner.apply([Put(adapter.digest, {}), Fill(adapter.digest, (4, 9))], {adapter.digest: adapter})
     held = caches(runner)[:, :, [4, 9]].flatten(2, 3)
     assert torch.equal(held[:, 0, :6], keys)

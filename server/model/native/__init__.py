@@ -15,9 +15,9 @@ from pathlib import Path
 
 from .build import NativeUnavailable, library_path
 from .checks import self_check
-from .library import NativeKernels, PackedLinear
+from .library import CacheSize, NativeKernels, PackedLinear, make_caches
 
-__all__ = ["NativeKernels", "NativeUnavailable", "PackedLinear", "load", "open_library"]
+__all__ = ["CacheSize", "NativeKernels", "NativeUnavailable", "PackedLinear", "load", "make_caches", "open_library"]
 
 
 def load(cache_dir: Path, on_progress: Callable[[str], None] | None = None) -> NativeKernels | None:

@@ -1,7 +1,9 @@
 // Causal attention of a flattened batch over a paged KV cache, and the scatter that fills the cache.
 // Owns the softmax and its order. Allocates no pages and applies no rotary embedding.
 //
-//   q, out [T, Hq, D]; K, V [blocks, block_size, Hkv, D]; row i owns tokens cu[i]..cu[i+1] and pages tables[i]
+//   q, out [T, Hq, D]; K [blocks, Hkv, D, block_size], V [blocks, Hkv, block_size, D]
+//   row i owns tokens cu[i]..cu[i+1] and pages tables[i]; a head's part of a page lies together, K with positions innermost,
+//   so that neither is copied or turned before it is multiplied
 //
 //   positions of one row   |  chunk 0: 0..63  |  chunk 1: 64..127  |  chunk 2: 128.. ctx |
 //   partial per chunk         m, l, sum p v      m, l, sum p v        m, l, sum p v
@@ -10,6 +12,7 @@
 // A chunk's partial depends on nothing but the query and its positions, and partials are merged in order of position.
 // So a query's bits are the same alone, in company, in a prefill of any length, and however chunks are shared out.
 // A query reads only the positions it sees: NaN at any other position cannot reach it.
+#include <algorithm>
 #include <vector>
 
 #include "kernels.h"
@@ -20,9 +23,13 @@ namespace adapterd {
 namespace {
 
 constexpr index_t CHUNK = 64;        // positions per partial
-constexpr index_t PANELS = CHUNK / PANEL;
+constexpr index_t VECS = CHUNK / LANES;
 constexpr index_t QUERY_ROWS = 64;   // (token, head) pairs that share one staged chunk
 constexpr index_t PIECE = 4;         // chunks per piece when one task is shared out
+constexpr int WIDE = LANES == 16 ? 2 * VECTORS : VECTORS;  // vectors of columns for few rows
+constexpr int FEW_ROWS = LANES == 16 ? MAX_ROWS / 2 : MAX_ROWS;
+constexpr index_t LEAD = 64;            // cache lines that are fetched before they are needed
+constexpr index_t CHUNK_LINES = 2048;   // more than any chunk has
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
 using Call = AttentionCall;
@@ -50,15 +57,24 @@ Range visible(const Call &c, index_t position, index_t chunk) {
     return {from > base ? from - base : 0, to < base + CHUNK ? to - base : CHUNK};
 }
 
+// Where one chunk's K and V lie: LANES positions of K next to each other for every feature, one position of V after another.
+struct Located {
+    const float *k[VECS];
+    index_t k_stride;  // from feature to feature
+    const float *v[CHUNK];
+};
+
 struct Work {  // a thread's buffers for one task
-    float *keys;     // [PANELS][dim][PANEL], transposed
-    float *values;   // [padded / PANEL][CHUNK][PANEL]
+    float *keys;     // [VECS][dim][LANES], of pages that have no room for whole vectors
+    float *values;   // [CHUNK][padded], of heads that are no whole panels
     float *queries;  // [rows, dim], scaled
     float *scores;   // [rows, CHUNK]
     float *partial, *running;
     Range *seen;  // [rows]
+    Located where;
+    Stream &coming;
 
-    Work(const Call &c, index_t rows) {
+    Work(const Call &c, index_t rows, Stream &ahead) : coming(ahead) {
         static thread_local Scratch scratch;
         float *spans;
         index_t span = sizeof(Range) / sizeof(float), part = Partial::size(c, rows);
@@ -81,57 +97,65 @@ void stage_queries(const Call &c, const Task &t, Work &w) {
     }
 }
 
-struct Located {  // where the K and V rows of one chunk lie; positions outside the span seen repeat a seen one
-    const float *k[CHUNK], *v[CHUNK];
-};
+// Pages are read where they lie if they hold whole vectors of positions, and heads if they are whole panels.
+bool keys_in_place(const Call &c) { return c.block_size % LANES == 0; }
+bool values_in_place(const Call &c) { return c.dim % PANEL == 0; }
 
-// Walks the pages of one chunk: a division per page, not per position.
-void locate(const Call &c, const Task &t, index_t chunk, Range seen, Located &rows) {
-    index_t at = chunk * CHUNK + seen.from, page = at / c.block_size, offset = at % c.block_size;
+// f(position, its page, its offset there, how many follow on that page) for every run of the chunk's positions.
+template <typename F>
+ADAPTERD_INLINE void each_page(const Call &c, const Task &t, index_t chunk, Range seen, F f) {
     const std::int32_t *table = c.tables + t.row * c.table_width;
-    for (index_t i = seen.from; i < seen.to; page++, offset = 0) {
-        index_t start = (table[page] * c.block_size + offset) * c.row_stride() + t.head * c.dim;
-        for (; offset < c.block_size && i < seen.to; i++, offset++, start += c.row_stride()) {
-            rows.k[i] = c.k + start;
-            rows.v[i] = c.v + start;
+    for (index_t i = seen.from, count; i < seen.to; i += count) {
+        index_t at = chunk * CHUNK + i, offset = at % c.block_size;
+        count = std::min(seen.to - i, c.block_size - offset);
+        f(i, table[at / c.block_size] * c.kv_heads + t.head, offset, count);
+    }
+}
+
+// Finds, or copies, one chunk of K and V. K vectors that hold nothing of `seen` repeat one that does.
+void locate(const Call &c, const Task &t, index_t chunk, Range seen, Work &w) {
+    Located &where = w.where;
+    bool in_place = keys_in_place(c), values = values_in_place(c);
+    // A vector may begin before the first position that is seen, on the same page.
+    Range whole{in_place ? seen.from / LANES * LANES : seen.from, seen.to};
+    where.k_stride = in_place ? c.block_size : LANES;
+    each_page(c, t, chunk, whole, [&](index_t i, index_t page, index_t offset, index_t count) ADAPTERD_LAMBDA {
+        const float *k = c.k + page * c.dim * c.block_size + offset;
+        if (in_place) {
+            for (index_t j = 0; j < count; j += LANES) where.k[(i + j) / LANES] = k + j;
+            return;
         }
-    }
-    for (index_t i = 0; i < seen.from; i++) rows.k[i] = rows.k[seen.from], rows.v[i] = rows.v[seen.from];
-    for (index_t i = seen.to; i < CHUNK; i++) rows.k[i] = rows.k[seen.to - 1], rows.v[i] = rows.v[seen.to - 1];
+        for (index_t d = 0; d < c.dim; d++)
+            for (index_t j = i; j < i + count; j++)
+                w.keys[(j / LANES * c.dim + d) * LANES + j % LANES] = k[d * c.block_size + j - i];
+    });
+    each_page(c, t, chunk, seen, [&](index_t i, index_t page, index_t offset, index_t count) ADAPTERD_LAMBDA {
+        const float *v = c.v + (page * c.block_size + offset) * c.dim;
+        for (index_t j = 0; j < count; j++) {
+            where.v[i + j] = values ? v + j * c.dim : w.values + (i + j) * c.padded();
+            if (values) continue;
+            std::memcpy(w.values + (i + j) * c.padded(), v + j * c.dim, c.dim * sizeof(float));
+            std::memset(w.values + (i + j) * c.padded() + c.dim, 0, (c.padded() - c.dim) * sizeof(float));
+        }
+    });
+    index_t first = whole.from / LANES, last = (whole.to - 1) / LANES;
+    if (!in_place)
+        for (index_t j = first; j <= last; j++) where.k[j] = w.keys + j * c.dim * LANES;
+    for (index_t j = 0; j < VECS; j++)
+        if (j < first || j > last) where.k[j] = where.k[first];
 }
 
-ADAPTERD_INLINE void fetch(const float *row, index_t dim) {
-    for (index_t d = 0; d < dim; d += 16) __builtin_prefetch(row + d, 0, 3);
-}
-
-void transpose_keys(const float *const *rows, index_t dim, float *panel) {
-    index_t d = 0;
-    for (; d + LANES <= dim; d += LANES)
-        transpose(rows, d, panel + d * PANEL, PANEL, std::make_integer_sequence<int, LANES>{});
-    for (; d < dim; d++)
-        for (int i = 0; i < LANES; i++) panel[d * PANEL + i] = rows[i][d];
-}
-
-void copy_value(const Call &c, const float *value, float *to) {
-    index_t d = 0;
-    for (; d + PANEL <= c.dim; d += PANEL) std::memcpy(to + d * CHUNK, value + d, PANEL * sizeof(float));
-    if (d == c.dim) return;
-    std::memset(to + d * CHUNK, 0, PANEL * sizeof(float));
-    std::memcpy(to + d * CHUNK, value + d, (c.dim - d) * sizeof(float));
-}
-
-// Copies one chunk of K (transposed) and, if asked to, V into panels while the next one comes from memory. What is copied for
-// positions outside `seen` is never used.
-void stage_chunk(const Call &c, const Located &rows, const Located *next, Range seen, bool values, Work &w) {
-    for (index_t i = 0; i < CHUNK; i += LANES) {
-        if (next)
-            for (index_t j = i; j < i + LANES; j++) fetch(next->k[j], c.dim);
-        if (i < seen.to) transpose_keys(rows.k + i, c.dim, w.keys + i / PANEL * c.dim * PANEL + i % PANEL);
-    }
-    for (index_t i = 0; i < CHUNK; i++) {
-        if (next) fetch(next->v[i], c.dim);
-        if (values && i >= seen.from && i < seen.to) copy_value(c, rows.v[i], w.values + i * PANEL);
-    }
+// What `locate` will find is going to be read: all of K, then all of V.
+void announce(const Call &c, const Task &t, index_t chunk, Range seen, Stream &coming) {
+    constexpr index_t size = sizeof(float);
+    each_page(c, t, chunk, seen, [&](index_t, index_t page, index_t offset, index_t count) ADAPTERD_LAMBDA {
+        const float *k = c.k + page * c.dim * c.block_size;
+        if (c.block_size <= CHUNK) return coming.add(k, c.dim * c.block_size * size);
+        for (index_t d = 0; d < c.dim; d++) coming.add(k + d * c.block_size + offset, count * size);
+    });
+    each_page(c, t, chunk, seen, [&](index_t, index_t page, index_t offset, index_t count) ADAPTERD_LAMBDA {
+        coming.add(c.v + (page * c.block_size + offset) * c.dim, count * c.dim * size);
+    });
 }
 
 // Scores of one query row become probabilities in place; lanes outside `seen` become 0.
@@ -159,22 +183,47 @@ void softmax_row(const Call &c, Range seen, float *scores, float *m, float *l) {
     *l = sum(total);
 }
 
-// acc of query rows [from, to) (+)= p V over positions `at`.
-void weigh(const Call &c, Work &w, index_t from, index_t to, Range at, float *acc, bool resume) {
-    for (index_t d = 0; d < c.padded(); d += PANEL)
-        product<VECTORS>(to - from, w.scores + from * CHUNK + at.from, CHUNK,
-                         Rows<float>{w.values + d * CHUNK + at.from * PANEL, PANEL}, at.to - at.from,
-                         acc + from * c.padded() + d, c.padded(), resume);
+struct Keys {  // LANES positions per vector
+    const float *const *p;
+    index_t stride;
+    template <int V>
+    ADAPTERD_INLINE void row(index_t d, vf (&w)[V]) const {
+        for (int v = 0; v < V; v++) w[v] = load(p[v] + d * stride);
+    }
+};
+
+struct Values {  // columns from `column` on of one position per row
+    const float *const *p;
+    index_t column;
+    template <int V>
+    ADAPTERD_INLINE void row(index_t position, vf (&w)[V]) const {
+        for (int v = 0; v < V; v++) w[v] = load(p[position] + column + v * LANES);
+    }
+};
+
+// scores = q K of all rows. Few rows leave room for more columns in registers.
+void score(const Call &c, index_t rows, Work &w) {
+    const Located &where = w.where;
+    index_t j = 0;
+    if (rows <= FEW_ROWS)
+        for (; j < VECS; j += WIDE)
+            product<WIDE, FEW_ROWS>(rows, w.queries, c.dim, Keys{where.k + j, where.k_stride}, c.dim, w.scores + j * LANES, CHUNK, false,
+                          Streamed{&w.coming, WIDE * LANES * 4 / Stream::LINE});
+    for (; j < VECS; j += VECTORS)
+        product<VECTORS, MAX_ROWS>(rows, w.queries, c.dim, Keys{where.k + j, where.k_stride}, c.dim, w.scores + j * LANES, CHUNK, false);
 }
 
-// The same for rows that all see `seen`, over V as it lies in its pages: positions in one order, so the same sums.
-void weigh_direct(const Call &c, Work &w, index_t rows, const Located &where, Range seen, float *acc) {
-    for (index_t from = seen.from, to; from < seen.to; from = to) {
-        for (to = from + 1; to < seen.to && where.v[to] == where.v[to - 1] + c.row_stride();) to++;
-        for (index_t d = 0; d < c.dim; d += PANEL)
-            product<VECTORS>(rows, w.scores + from, CHUNK, Rows<float>{where.v[from] + d, c.row_stride()}, to - from,
-                             acc + d, c.padded(), from > seen.from);
-    }
+// acc of query rows [from, to) (+)= p V over positions `at`.
+void weigh(const Call &c, Work &w, index_t from, index_t to, Range at, float *acc, bool resume) {
+    index_t d = 0, rows = to - from, width = c.padded();
+    const float *p = w.scores + from * CHUNK + at.from;
+    const float *const *v = w.where.v + at.from;
+    acc += from * width;
+    if (rows <= FEW_ROWS)
+        for (; d + WIDE * LANES <= width; d += WIDE * LANES)
+            product<WIDE, FEW_ROWS>(rows, p, CHUNK, Values{v, d}, at.to - at.from, acc + d, width, resume,
+                          Streamed{&w.coming, WIDE * LANES * 4 / Stream::LINE});
+    for (; d < width; d += PANEL) product<VECTORS, MAX_ROWS>(rows, p, CHUNK, Values{v, d}, at.to - at.from, acc + d, width, resume);
 }
 
 // Rows of one tile see overlapping spans: what all of them see is computed together, the rest row by row, in order.
@@ -194,29 +243,22 @@ Range seen_by_all(const Call &c, const Task &t, index_t chunk) {
     return {visible(c, position(c, t, t.first), chunk).from, visible(c, position(c, t, t.last - 1), chunk).to};
 }
 
-// `after` is the task that this thread will most likely run next, or null.
-void stage(const Call &c, const Task &t, index_t chunk, Range seen, const Task *after, bool values, Located &rows, Work &w) {
-    Located next;
-    locate(c, t, chunk, seen, rows);
-    bool more = chunk + 1 < t.chunk + t.chunks;
-    if (more)
-        locate(c, t, chunk + 1, seen_by_all(c, t, chunk + 1), next);
+// What comes behind this chunk is fetched meanwhile. `after` is the task that this thread runs next, or null.
+void announce_next(const Call &c, const Task &t, index_t chunk, const Task *after, Work &w) {
+    if (chunk + 1 < t.chunk + t.chunks)
+        announce(c, t, chunk + 1, seen_by_all(c, t, chunk + 1), w.coming);
     else if (after)
-        locate(c, *after, after->chunk, seen_by_all(c, *after, after->chunk), next);
-    stage_chunk(c, rows, more || after ? &next : nullptr, seen, values, w);
+        announce(c, *after, after->chunk, seen_by_all(c, *after, after->chunk), w.coming);
 }
 
 void chunk_partial(const Call &c, const Task &t, index_t chunk, const Task *after, Work &w, Partial partial) {
     index_t rows = rows_of(c, t), group = c.group();
     Range *seen = w.seen, all = seen_by_all(c, t, chunk);
     for (index_t r = 0; r < rows; r++) seen[r] = visible(c, position(c, t, t.first + r / group), chunk);
-    // One query's few heads read V where it lies; many rows read a copy that has no gaps.
-    bool direct = t.last - t.first == 1 && rows <= MAX_ROWS && c.dim % PANEL == 0;
-    Located where;
-    stage(c, t, chunk, all, after, !direct, where, w);
-    for (index_t p = 0; p * PANEL < all.to; p++)
-        product<VECTORS>(rows, w.queries, c.dim, Rows<float>{w.keys + p * c.dim * PANEL, PANEL}, c.dim,
-                         w.scores + p * PANEL, CHUNK);
+    announce_next(c, t, chunk, after, w);
+    if (rows > FEW_ROWS) w.coming.fetch(CHUNK_LINES);
+    locate(c, t, chunk, all, w);
+    score(c, rows, w);
     // A query that sees nothing of this chunk lies outside [first, last): queries ascend, so these are its ends.
     index_t first = 0, last = rows;
     for (index_t r = 0; r < rows; r++) {
@@ -227,7 +269,6 @@ void chunk_partial(const Call &c, const Task &t, index_t chunk, const Task *afte
         partial.l[r] = 0;
         seen[r].to <= 0 ? first = r + 1 : last = last < r ? last : r;
     }
-    if (direct && first < last) return weigh_direct(c, w, rows, where, all, partial.acc);
     for (index_t from = first; from < last; from += MAX_ROWS)
         weigh_tile(c, w, from, from + MAX_ROWS < last ? from + MAX_ROWS : last, seen, partial.acc);
 }
@@ -265,9 +306,15 @@ Partial empty(float *p, index_t rows) {
     return partial;
 }
 
-void run_whole(const Call &c, const Task &t, const Task *after) {
+// What a task reads first, if nothing before it has asked for that.
+void begin(const Call &c, const Task &t, index_t chunk, Stream &coming) {
+    announce(c, t, chunk, seen_by_all(c, t, chunk), coming);
+    coming.fetch(LEAD);
+}
+
+void run_whole(const Call &c, const Task &t, const Task *after, Stream &coming) {
     index_t rows = rows_of(c, t);
-    Work w(c, rows);
+    Work w(c, rows, coming);
     stage_queries(c, t, w);
     Partial total = empty(w.running, rows), partial(w.partial, rows);
     for (index_t i = 0; i < t.chunks; i++) {
@@ -277,17 +324,19 @@ void run_whole(const Call &c, const Task &t, const Task *after) {
     finish(c, t, total);
 }
 
-void run_piece(const Call &c, const Task &t, index_t piece) {
+void run_piece(const Call &c, const Task &t, index_t piece, Stream &coming) {
     index_t rows = rows_of(c, t), end = (piece + 1) * PIECE < t.chunks ? (piece + 1) * PIECE : t.chunks;
-    Work w(c, rows);
+    Work w(c, rows, coming);
+    coming.clear();
+    begin(c, t, t.chunk + piece * PIECE, coming);
     stage_queries(c, t, w);
     for (index_t i = piece * PIECE; i < end; i++)
         chunk_partial(c, t, t.chunk + i, nullptr, w, Partial(t.partials + i * Partial::size(c, rows), rows));
 }
 
-void gather_pieces(const Call &c, const Task &t) {
+void gather_pieces(const Call &c, const Task &t, Stream &coming) {
     index_t rows = rows_of(c, t);
-    Work w(c, rows);
+    Work w(c, rows, coming);
     Partial total = empty(w.running, rows);
     for (index_t i = 0; i < t.chunks; i++)
         merge(c, rows, total, Partial(t.partials + i * Partial::size(c, rows), rows));
@@ -346,14 +395,20 @@ std::shared_ptr<AttentionPlan> attention_plan(const Call &c) {
 }
 
 void team_attention(const Call &c, const AttentionPlan &plan) {
+    static thread_local Stream coming;
+    coming.clear();
+    bool begun = false;
     index_t count = static_cast<index_t>(plan.tasks.size()), pieces = static_cast<index_t>(plan.pieces.size());
-    if (!pieces) {
-        return each_taken(count, [&](index_t i) {
-            run_whole(c, plan.tasks[i], i + threads < count ? &plan.tasks[i + threads] : nullptr);
+    if (!pieces)
+        return each_taken(count, [&](index_t i, index_t next) {
+            if (!begun) begin(c, plan.tasks[i], plan.tasks[i].chunk, coming);
+            begun = true;
+            run_whole(c, plan.tasks[i], next < count ? &plan.tasks[next] : nullptr, coming);
         });
-    }
-    each_taken(pieces, [&](index_t i) { run_piece(c, plan.tasks[plan.pieces[i].first], plan.pieces[i].second); });
-    each(count, [&](index_t i) { gather_pieces(c, plan.tasks[i]); });
+    each_taken(pieces, [&](index_t i, index_t) {
+        run_piece(c, plan.tasks[plan.pieces[i].first], plan.pieces[i].second, coming);
+    });
+    each(count, [&](index_t i) { gather_pieces(c, plan.tasks[i], coming); });
 }
 
 // 0, or the number of the first broken rule; see the export below.
@@ -371,6 +426,19 @@ int attention_rule(const Call &c) {
     return 0;
 }
 
+// One head of one token into the caches.
+struct Caches {
+    float *k, *v;
+    index_t block_size, kv_heads, dim;
+};
+
+void put(const float *k, const float *v, const Caches &to, index_t position, index_t head) {
+    index_t page = position / to.block_size * to.kv_heads + head, offset = position % to.block_size;
+    float *column = to.k + page * to.dim * to.block_size + offset;
+    for (index_t d = 0; d < to.dim; d++) column[d * to.block_size] = k[d];
+    std::memcpy(to.v + (page * to.block_size + offset) * to.dim, v, to.dim * sizeof(float));
+}
+
 void team_write(const NewKeys &c) {
     each(c.tokens, [&](index_t t) {
         if (c.cos) {
@@ -378,9 +446,10 @@ void team_write(const NewKeys &c) {
             for (index_t h = 0; h < c.heads; h++) rotate(c.q + (t * c.heads + h) * c.dim, cos, sin, c.turned / 2);
             for (index_t h = 0; h < c.kv_heads; h++) rotate(c.k + (t * c.kv_heads + h) * c.dim, cos, sin, c.turned / 2);
         }
-        index_t at = c.write[t] * c.kv_heads * c.dim, from = t * c.kv_heads * c.dim;
-        std::memcpy(c.k_cache + at, c.k + from, c.kv_heads * c.dim * sizeof(float));
-        std::memcpy(c.v_cache + at, c.v + from, c.kv_heads * c.dim * sizeof(float));
+        for (index_t h = 0; h < c.kv_heads; h++) {
+            index_t from = (t * c.kv_heads + h) * c.dim;
+            put(c.k + from, c.v + from, {c.k_cache, c.v_cache, c.block_size, c.kv_heads, c.dim}, c.write[t], h);
+        }
     });
 }
 
@@ -403,19 +472,18 @@ ADAPTERD_EXPORT int adapterd_attention(const float *q, std::int64_t q_token, std
     return 0;
 }
 
-// k, v [Hkv, T, D] by strides (floats); caches [positions, Hkv, D]; token t goes to position write[t].
+// k, v [Hkv, T, D] by strides (floats); caches as above; token t goes to position write[t].
 // Returns 0, or 1 when a position is out of range (nothing is written then).
 ADAPTERD_EXPORT int adapterd_write_kv(const float *k, std::int64_t k_head, std::int64_t k_token, const float *v,
                                       std::int64_t v_head, std::int64_t v_token, float *k_cache, float *v_cache,
-                                      const std::int64_t *write, std::int64_t tokens, std::int64_t positions,
-                                      std::int64_t kv_heads, std::int64_t dim) {
-    if (!adapterd::all_within(write, tokens, positions)) return 1;
+                                      const std::int64_t *write, std::int64_t tokens, std::int64_t blocks,
+                                      std::int64_t block_size, std::int64_t kv_heads, std::int64_t dim) {
+    using namespace adapterd;
+    if (!all_within(write, tokens, blocks * block_size)) return 1;
+    Caches to{k_cache, v_cache, block_size, kv_heads, dim};
     for (std::int64_t t = 0; t < tokens; t++)
-        for (std::int64_t h = 0; h < kv_heads; h++) {
-            std::int64_t at = (write[t] * kv_heads + h) * dim;
-            std::memcpy(k_cache + at, k + h * k_head + t * k_token, dim * sizeof(float));
-            std::memcpy(v_cache + at, v + h * v_head + t * v_token, dim * sizeof(float));
-        }
+        for (std::int64_t h = 0; h < kv_heads; h++)
+            put(k + h * k_head + t * k_token, v + h * v_head + t * v_token, to, write[t], h);
     return 0;
 }
 
@@ -434,7 +502,7 @@ ADAPTERD_EXPORT int adapterd_attend(float *q, float *k, const float *v, const fl
               table_width, cu,          ctx, rows,    tokens,  heads,  scale,      window,   softcap, out};
     if (int rule = attention_rule(call)) return rule;
     if (!all_within(write, tokens, blocks * block_size)) return 4;
-    NewKeys fresh{q, k, v, cos, sin, turned, k_cache, v_cache, write, tokens, heads, kv_heads, dim};
+    NewKeys fresh{q, k, v, cos, sin, turned, k_cache, v_cache, write, block_size, tokens, heads, kv_heads, dim};
     std::shared_ptr<AttentionPlan> plan = attention_plan(call);
     in_team(plan->parallel || tokens * heads * dim > PARALLEL_WORK / 16, [&] {
         team_write(fresh);

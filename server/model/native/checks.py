@@ -15,7 +15,7 @@ from torch import Tensor
 from . import reference
 from .build import NativeUnavailable
 from .int8 import Int8Weight
-from .library import NativeKernels, Split
+from .library import CacheSize, NativeKernels, Split, make_caches
 
 TOLERANCE = 1e-4  # absolute, on values of size about 1 after sums of at most 70 products
 
@@ -100,11 +100,18 @@ _TRIED: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu,
 
 
 def _attention(kernels: NativeKernels, random: Random) -> Pair:
-    q, keys, values = random(8, 4, 20), random(12, 16, 2, 20), random(12, 16, 2, 20)
-    tables = torch.arange(12, dtype=torch.int32).view(2, 6).flip(0).contiguous()
+    """In pages and heads that are read in place, and in such that are not."""
+    found = [_attended(kernels, random, size) for size in ((12, 16, 2, 32), (60, 3, 2, 20))]
+    return torch.cat([got.flatten() for got, _ in found]), torch.cat([want.flatten() for _, want in found])
+
+
+def _attended(kernels: NativeKernels, random: Random, size: CacheSize) -> Pair:
+    blocks, _, _, dim = size
+    q, caches = random(8, 4, dim), make_caches(lambda shape: random(*shape), size)
+    tables = torch.arange(blocks, dtype=torch.int32).view(2, -1).flip(0).contiguous()
     starts, contexts = torch.tensor([0, 1, 8], dtype=torch.int32), torch.tensor([90, 70], dtype=torch.int32)
     both = [
-        attend(q, keys, values, tables, starts, contexts, scale=0.2, window=40, softcap=30.0)
+        attend(q, *caches, tables, starts, contexts, scale=0.2, window=40, softcap=30.0)
         for attend in (kernels.attention, reference.attention)
     ]
     return both[0], both[1]
@@ -112,10 +119,10 @@ def _attention(kernels: NativeKernels, random: Random) -> Pair:
 
 def _write_kv(kernels: NativeKernels, random: Random) -> Pair:
     k, v, write = random(1, 2, 3, 5), random(1, 2, 3, 5), torch.tensor([5, 0, 2])
-    caches = [[torch.zeros(2, 4, 2, 5), torch.zeros(2, 4, 2, 5)] for _ in range(2)]
-    kernels.write_kv(k, v, caches[0][0], caches[0][1], write)
-    reference.write_kv(k, v, caches[1][0], caches[1][1], write)
-    return torch.cat(caches[0]), torch.cat(caches[1])
+    got, want = make_caches(torch.zeros, (2, 4, 2, 5)), (torch.zeros(2, 4, 2, 5), torch.zeros(2, 4, 2, 5))
+    kernels.write_kv(k, v, *got, write)
+    reference.write_kv(k, v, *want, write)
+    return torch.cat(got), torch.cat(want)
 
 
 def _elementwise(kernels: NativeKernels, random: Random) -> Pair:

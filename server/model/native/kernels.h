@@ -66,7 +66,7 @@ struct NewKeys {
     index_t turned;
     float *k_cache, *v_cache;
     const std::int64_t *write;
-    index_t tokens, heads, kv_heads, dim;
+    index_t block_size, tokens, heads, kv_heads, dim;
 };
 void team_write(const NewKeys &c);
 
@@ -86,7 +86,6 @@ struct AttentionCall {
 
     index_t group() const { return heads / kv_heads; }
     index_t padded() const { return (dim + PANEL - 1) / PANEL * PANEL; }
-    index_t row_stride() const { return kv_heads * dim; }
 };
 
 // What is decided about a step's attention before any thread starts; the same for every layer of one window.

@@ -48,7 +48,7 @@ struct Instruction {
 NewKeys new_keys(const Instruction &i) {
     const Frame &f = *i.frame;
     return {i.rows(0),          i.rows(1),    i.rows(2), at<float>(f.cos), at<float>(f.sin), f.turned, at<float>(i[3]),
-            at<float>(i[4]), at<std::int64_t>(f.write), f.tokens, i[6], i[7], i[8]};
+            at<float>(i[4]), at<std::int64_t>(f.write), i[6], f.tokens, i[7], i[8], i[9]};
 }
 
 AttentionCall attention_call(const Instruction &i) {
@@ -85,7 +85,7 @@ int prepare(const Instruction &i, Ready &ready) {
         ready.groups = lora_groups(at<std::int64_t>(i[7]), i[8]);
     }
     if (i.kind() == ADD_ROWS || i.kind() == MUL_ROWS) return rows_rule(i, 2);
-    if (i.kind() == WRITE && !all_within(at<std::int64_t>(i.frame->write), i.frame->tokens, i[5])) return 1000 * WRITE + 1;
+    if (i.kind() == WRITE && !all_within(at<std::int64_t>(i.frame->write), i.frame->tokens, i[5] * i[6])) return 1000 * WRITE + 1;
     if (i.kind() == ATTEND) {
         AttentionCall call = attention_call(i);
         if (int rule = attention_rule(call)) return static_cast<int>(1000 * ATTEND + rule);

@@ -41,7 +41,7 @@ _LONG_CALLS: dict[str, tuple[Any, ...]] = {
 _SHORT_CALLS: dict[str, tuple[Any, ...]] = {
     "set_threads": (_INT,),
     "tiles": (),
-    "write_kv": (_P, _L, _L, _P, _L, _L, _P, _P, _P, _L, _L, _L, _L),
+    "write_kv": (_P, _L, _L, _P, _L, _L, _P, _P, _P, _L, _L, _L, _L, _L),
     "rms_norm": (_P, _P, _P, _L, _L, _FLOAT),
     "layer_norm": (_P, _P, _P, _P, _L, _L, _FLOAT),
     "silu_mul": (_P, _P, _P, _L, _L),
@@ -68,6 +68,9 @@ NORM, LINEAR, LORA, WRITE, ATTEND, ADD, SILU_MUL, GELU_TANH_MUL, ADD_ROWS, MUL_R
 INSTRUCTION_WORDS, FRAME_WORDS = 16, 12
 _LAYER_RULES = {LORA: _LORA_RULES, WRITE: _WRITE_RULES, ATTEND: _ATTENTION_RULES}
 
+#: blocks, block_size, kv_heads, head_dim
+CacheSize = tuple[int, int, int, int]
+
 _fp32 = torch.float32
 _WEIGHTS = (torch.float32, torch.bfloat16)
 
@@ -90,6 +93,27 @@ def _check_strided(name: str, tensor: Tensor, dims: int) -> None:
         f"{name} must be fp32 with {dims} dimensions on the CPU, the last one dense, got {tensor.dtype} "
         f"{list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}"
     )
+
+
+def make_caches(zeros: Callable[[tuple[int, ...]], Tensor], size: CacheSize) -> tuple[Tensor, Tensor]:
+    """Zeroed keys and values of one layer, [blocks, block_size, Hkv, D], in the order of memory that `attention` reads.
+
+    A head's part of a block lies together, of keys with positions innermost: neither is copied or turned on its way.
+    """
+    blocks, block_size, kv_heads, dim = size
+    keys, values = zeros((blocks, kv_heads, dim, block_size)), zeros((blocks, kv_heads, block_size, dim))
+    return keys.permute(0, 3, 1, 2), values.permute(0, 2, 1, 3)
+
+
+def _check_caches(keys: Tensor, values: Tensor, size: CacheSize) -> None:
+    """Raises: ValueError unless both are fp32 caches of `make_caches`."""
+    for name, cache, order in (("keys", keys, (0, 2, 3, 1)), ("values", values, (0, 2, 1, 3))):
+        if cache.dtype is _fp32 and cache.shape == size and cache.permute(order).is_contiguous() and cache.is_cpu:
+            continue
+        raise ValueError(
+            f"{name} must be {_fp32} {list(size)} on the CPU as make_caches lays it out, got {cache.dtype} "
+            f"{list(cache.shape)} with strides {list(cache.stride())} on {cache.device}"
+        )
 
 
 #: Makes a tensor, mostly a view in another order, contiguous in memory of its own.
@@ -390,8 +414,8 @@ class NativeKernels:
     ) -> Tensor:
         """Causal attention of R rows over their pages: [T, Hq, D], contiguous; tokens of no row stay unwritten.
 
-        q [T, Hq, D], any strides with D dense; keys, values [blocks, block_size, Hkv, D]; tables [R, P], starts [R + 1]
-        (row i's tokens are starts[i]..starts[i + 1]), contexts [R] (this step's tokens included), all int32.
+        q [T, Hq, D], any strides with D dense; keys, values [blocks, block_size, Hkv, D] of `make_caches`; tables [R, P],
+        starts [R + 1] (row i's tokens are starts[i]..starts[i + 1]), contexts [R] (this step's tokens included), all int32.
         `window` > 0 hides positions <= own - window; `softcap` > 0 caps scores as Gemma 2 does.
         """
         _check_strided("q", q, 3)
@@ -400,8 +424,7 @@ class NativeKernels:
         rows, pages = tables.shape
         if heads % kv_heads or dim < 1:
             raise ValueError(f"q has {heads} heads of {dim}, the cache {kv_heads} heads: not a multiple")
-        _check("keys", keys, _fp32, (blocks, size, kv_heads, dim))
-        _check("values", values, _fp32, (blocks, size, kv_heads, dim))
+        _check_caches(keys, values, (blocks, size, kv_heads, dim))
         _check("tables", tables, torch.int32, (rows, pages))
         _check("starts", starts, torch.int32, (rows + 1,))
         _check("contexts", contexts, torch.int32, (rows,))
@@ -447,14 +470,13 @@ class NativeKernels:
             ("q", q, _fp32, (1, tokens, width)),
             ("k", k, _fp32, narrow),
             ("v", v, _fp32, narrow),
-            ("keys", keys, _fp32, keys.shape),
-            ("values", values, _fp32, keys.shape),
             ("write", write, torch.int64, (tokens,)),
             ("tables", tables, torch.int32, (rows, pages)),
             ("starts", starts, torch.int32, (rows + 1,)),
             ("contexts", contexts, torch.int32, (rows,)),
         ):
             _check(name, tensor, dtype, shape)
+        _check_caches(keys, values, (blocks, size, kv_heads, dim))
         cos_at, sin_at, turned = None, None, 0
         if turn is not None:
             turned = turn[0].shape[-1]
@@ -486,19 +508,18 @@ class NativeKernels:
             raise ValueError(rules[broken % 1000] if rules else "a layer's program has an unknown instruction")
 
     def write_kv(self, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, write: Tensor) -> None:
-        """k, v [1, Hkv, T, D] (any strides, D dense) -> rows write[t] of the caches [blocks, block_size, Hkv, D]."""
+        """k, v [1, Hkv, T, D] (any strides, D dense) -> rows write[t] of caches of `make_caches`."""
         _check_strided("k", k, 4)
         _check_strided("v", v, 4)
         _, kv_heads, tokens, dim = k.shape
         blocks, size = keys.shape[:2]
         if v.shape != k.shape:
             raise ValueError(f"k and v differ in shape: {list(k.shape)}, {list(v.shape)}")
-        _check("keys", keys, _fp32, (blocks, size, kv_heads, dim))
-        _check("values", values, _fp32, (blocks, size, kv_heads, dim))
+        _check_caches(keys, values, (blocks, size, kv_heads, dim))
         _check("write", write, torch.int64, (tokens,))
         broken = self._write_kv(
             k.data_ptr(), k.stride(1), k.stride(2), v.data_ptr(), v.stride(1), v.stride(2), keys.data_ptr(),
-            values.data_ptr(), write.data_ptr(), tokens, blocks * size, kv_heads, dim,
+            values.data_ptr(), write.data_ptr(), tokens, blocks, size, kv_heads, dim,
         )  # fmt: skip
         if broken:
             raise ValueError(_WRITE_RULES[broken])

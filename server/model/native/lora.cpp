@@ -174,7 +174,7 @@ void run(Call<T> c, const std::vector<Group> &groups) {
             run_decodes(c, groups, member.share(count));
             return member.meet();
         }
-        return each_taken(count, [&](index_t g) {
+        return each_taken(count, [&](index_t g, index_t) {
             first(c, groups[g]);
             for (index_t from = 0; from < c.out; from += STRIP)
                 up(c, groups[g], from, from + STRIP < c.out ? from + STRIP : c.out);

@@ -1,5 +1,5 @@
 // Vectors for every kernel: one source for AVX-512, AVX2, NEON and SSE through the compiler's vector extension.
-// Owns loads, exp, tanh, the transpose and the register-tiled product `tile`, which fixes the order of every sum.
+// Owns loads, exp, tanh and the register-tiled product `tile`, which fixes the order of every sum.
 // Knows no kernel, no layout of any tensor and no threads.
 //
 // Bit-identity: an output element is one chain of fused multiply-adds in a fixed order, whatever the number of rows in
@@ -167,42 +167,6 @@ ADAPTERD_INLINE vf tanh(vf x) {
     return z < 0.390625f ? small : large;
 }
 
-// ---- transpose: Eklundh's exchange of 1x1, 2x2, 4x4 ... blocks, log2(LANES) rounds ----
-
-template <int STEP, int... J>
-ADAPTERD_INLINE void exchange(vf &a, vf &b, std::integer_sequence<int, J...>) {
-#if defined(__clang__)
-    vf low = __builtin_shufflevector(a, b, ((J & STEP) ? LANES + J - STEP : J)...);
-    vf high = __builtin_shufflevector(a, b, ((J & STEP) ? LANES + J : J + STEP)...);
-#else
-    vf low = __builtin_shuffle(a, b, vi{((J & STEP) ? LANES + J - STEP : J)...});
-    vf high = __builtin_shuffle(a, b, vi{((J & STEP) ? LANES + J : J + STEP)...});
-#endif
-    a = low;
-    b = high;
-}
-
-template <int STEP, int I>
-ADAPTERD_INLINE void exchange_pair(vf (&r)[LANES]) {
-    if constexpr (!(I & STEP)) exchange<STEP>(r[I], r[I + STEP], std::make_integer_sequence<int, LANES>{});
-}
-
-template <int STEP, int... I>
-ADAPTERD_INLINE void transpose_from(vf (&r)[LANES], std::integer_sequence<int, I...> all) {
-    (exchange_pair<STEP, I>(r), ...);
-    if constexpr (2 * STEP < LANES) transpose_from<2 * STEP>(r, all);
-}
-
-// to[j * stride + i] = rows[i][at + j] for a square of LANES by LANES. Indices are template arguments, not loop
-// variables, so that the square stays in registers.
-template <int... I>
-ADAPTERD_INLINE void transpose(const float *const *rows, index_t at, float *to, index_t stride,
-                               std::integer_sequence<int, I...> all) {
-    vf square[LANES] = {load(rows[I] + at)...};
-    transpose_from<1>(square, all);
-    (store(to + I * stride, square[I]), ...);
-}
-
 // ---- the product of a few rows with a strip of columns, held in registers ----
 
 // Where a tile's weights come from; `row(k, w)` gives the V vectors of row k.
@@ -256,7 +220,10 @@ class Stream {
 
     void clear() { pieces_.clear(), next_ = 0, left_ = 0; }
     static constexpr index_t lines(index_t bytes) { return (bytes + LINE - 1) / LINE; }
-    void add(const void *p, index_t bytes) { pieces_.push_back({static_cast<const char *>(p), lines(bytes)}); }
+    void add(const void *p, index_t bytes) {
+        if (next_ >= KEPT) pieces_.erase(pieces_.begin(), pieces_.begin() + static_cast<index_t>(next_)), next_ = 0;
+        pieces_.push_back({static_cast<const char *>(p), lines(bytes)});
+    }
 
     ADAPTERD_INLINE void fetch(index_t lines) {
         for (; lines > 0; lines--) {
@@ -270,6 +237,8 @@ class Stream {
     }
 
   private:
+    static constexpr std::size_t KEPT = 256;  // pieces that may be behind us
+
     struct Piece {
         const char *p;
         index_t lines;
@@ -278,6 +247,10 @@ class Stream {
     std::size_t next_ = 0;
     const char *at_ = nullptr;
     index_t left_ = 0;
+};
+
+struct Nothing {
+    ADAPTERD_INLINE void fetch(index_t) const {}
 };
 
 struct Streamed {  // of a tile that reads so many lines of the stream for every k
@@ -326,9 +299,9 @@ ADAPTERD_INLINE void tile(const float *x, index_t ldx, W w, index_t depth, float
         for (int v = 0; v < V; v++) store(out + r * ldo + v * LANES, acc[r][v]);
 }
 
-template <int R, int V, typename W>
+template <int R, int V, typename W, typename A>
 ADAPTERD_INLINE void tile_of(int rows, const float *x, index_t ldx, W w, index_t depth, float *out, index_t ldo,
-                             bool resume, Ahead ahead) {
+                             bool resume, A ahead) {
     if (rows == R)
         tile<R, V>(x, ldx, w, depth, out, ldo, resume, ahead);
     else if constexpr (R > 1)
@@ -336,14 +309,13 @@ ADAPTERD_INLINE void tile_of(int rows, const float *x, index_t ldx, W w, index_t
 }
 
 // Any number of rows, cut into tiles of nearly equal height. Not inlined: it holds a copy of the tile per height.
-template <int V, typename W>
+template <int V, int TALLEST, typename W, typename A = Nothing>
 __attribute__((noinline)) void product(index_t rows, const float *x, index_t ldx, W w, index_t depth, float *out,
-                                       index_t ldo, bool resume = false) {
-    index_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
+                                       index_t ldo, bool resume, A ahead = {}) {
+    index_t tiles = (rows + TALLEST - 1) / TALLEST;
     for (index_t t = 0; t < tiles; t++) {
         index_t from = rows * t / tiles, to = rows * (t + 1) / tiles;
-        tile_of<MAX_ROWS, V>(static_cast<int>(to - from), x + from * ldx, ldx, w, depth, out + from * ldo, ldo, resume,
-                             Ahead{x, 0});
+        tile_of<TALLEST, V>(static_cast<int>(to - from), x + from * ldx, ldx, w, depth, out + from * ldo, ldo, resume, ahead);
     }
 }
 

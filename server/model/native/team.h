@@ -91,10 +91,14 @@ ADAPTERD_INLINE void each(index_t count, F f) {
     member.meet();
 }
 
-// f(i) for every i, in whichever member is free: for work of unequal size, and for processors of unequal speed.
+// f(i, next) for every i, in whichever member is free: for work of unequal size, and for processors of unequal speed.
+// `next` is what this member does afterwards, so that its memory can be fetched; `count` or more when that is nothing.
 template <typename F>
 ADAPTERD_INLINE void each_taken(index_t count, F f) {
-    for (index_t i; (i = member.team->take()) < count;) f(i);
+    for (index_t i = member.team->take(), next; i < count; i = next) {
+        next = member.team->take();
+        f(i, next);
+    }
     member.meet();
 }
 
