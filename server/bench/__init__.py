@@ -80,7 +80,6 @@ async def bench(options: BenchOptions, transport: httpx.AsyncBaseTransport | Non
         options.url,
         api_key=options.api_key or next(iter(options.api_keys), None),
         request_seconds=options.timeout,
-        concurrency=options.concurrency,
         transport=transport,
     ) as target:
         session = Session(target, options, await target.info(), seed)

@@ -50,7 +50,7 @@ async def test_fewer_requests_than_concurrency_are_all_sent_at_once() -> None:
 
 async def test_a_run_is_reported_with_the_servers_steps() -> None:
     server = FakeServer()
-    async with connect("http://server", api_key=None, request_seconds=5, concurrency=2, transport=server.transport) as target:
+    async with connect("http://server", api_key=None, request_seconds=5, transport=server.transport) as target:
         load, outcomes = await measure(target, _orders(4), 2, "run")
     assert (load.label, load.completed, load.generated_tokens) == ("run", 4, 12)
     assert len(outcomes) == 4

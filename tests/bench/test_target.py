@@ -19,7 +19,7 @@ URL = "http://server"
 
 @asynccontextmanager
 async def _target(transport: httpx.AsyncBaseTransport, api_key: str | None = None) -> AsyncIterator[Target]:
-    async with connect(URL, api_key=api_key, request_seconds=5, concurrency=2, transport=transport) as target:
+    async with connect(URL, api_key=api_key, request_seconds=5, transport=transport) as target:
         yield target
 
 
@@ -68,6 +68,24 @@ async def test_failures_are_outcomes(answer: Response | str, status: str, messag
         outcome = await target.generate(_order())
     assert outcome.status == status
     assert message in outcome.message
+
+
+class _Cut(httpx.AsyncByteStream):
+    """A stream whose chunks end anywhere, one of them inside a character."""
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        token = 'data:{"token":{"id":7,"text":"ü"}}\n\n'.encode()
+        last = b'data:{"token":{"id":8},"details":{"prompt_tokens":5}}\r\n\r\n'
+        at = token.index(b"\xbc")
+        for chunk in (token[:9], token[9:at], token[at:] + last[:20], last[20:]):
+            yield chunk
+
+
+async def test_events_may_come_in_pieces() -> None:
+    async with _target(httpx.MockTransport(lambda _: httpx.Response(200, stream=_Cut()))) as target:
+        outcome = await target.generate(_order())
+    assert (outcome.status, outcome.token_ids, outcome.prompt_tokens) == (OK, (7, 8), 5)
+    assert list(outcome.token_times) == sorted(outcome.token_times)
 
 
 async def test_a_lost_connection_is_an_outcome() -> None:
@@ -121,7 +139,7 @@ async def test_another_key_goes_with_every_kind_of_request() -> None:
 
     def note(request: httpx.Request) -> httpx.Response:
         seen.append(request.headers.get("authorization", "none"))
-        return httpx.Response(403, json={})
+        return httpx.Response(403, stream=httpx.ByteStream(b"{}"))
 
     async with _target(httpx.MockTransport(note), api_key="mine") as target:
         other = target.under("other")

@@ -21,9 +21,7 @@ ORDER = Order(Prompt("hello", ()), None, 1)
 async def _tenants(server: FakeServer, weights: Sequence[float], **keys: object) -> AsyncIterator[list[Target]]:
     options = BenchOptions(**keys)  # type: ignore[arg-type]
     async with (
-        connect(
-            "http://server", api_key=options.api_key, request_seconds=5, concurrency=2, transport=server.transport
-        ) as target,
+        connect("http://server", api_key=options.api_key, request_seconds=5, transport=server.transport) as target,
         tenants(Session(target, options, {}, 1), weights) as made,
     ):
         yield made

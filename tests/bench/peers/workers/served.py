@@ -34,7 +34,7 @@ class Served:
         return asyncio.run(self._generate([Order(Prompt(text, tuple(ids)), name, new) for ids, text, name in rows]))
 
     async def _generate(self, orders: list[Order]) -> tuple[float, Rows]:
-        async with connect(self._url, api_key=None, request_seconds=_SECONDS, concurrency=self._rows) as target:
+        async with connect(self._url, api_key=None, request_seconds=_SECONDS) as target:
             await target.info()  # the connection is there before the clock starts
             outcomes = await drive(target, orders, self._rows)
         for order, outcome in zip(orders, outcomes, strict=True):
@@ -46,7 +46,7 @@ class Served:
         return seconds, [list(outcome.token_ids) for outcome in outcomes]
 
     async def upload(self, adapters: dict[str, dict[str, bytes]]) -> None:
-        async with connect(self._url, api_key=None, request_seconds=_SECONDS, concurrency=1) as target:
+        async with connect(self._url, api_key=None, request_seconds=_SECONDS) as target:
             for name, files in adapters.items():
                 await target.upload(name, files)
 
