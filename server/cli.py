@@ -28,6 +28,7 @@ from . import __version__
 from .commands import adapters, bench, keys, store, tenants, users
 from .commands.terminal import DEFAULT_MODEL, complain, settings_of
 from .errors import AdapterdError
+from .memory import kept
 from .settings import Settings, default_home
 
 if TYPE_CHECKING:  # it takes long to import
@@ -101,13 +102,14 @@ def _load_and_serve(settings: Settings, listener: socket.socket) -> None:
 
     readiness = Readiness("loading")
     with Front(listener, readiness) as front:
-        from .assembly import assemble, seed_demo
-        from .model.pull import console_report
+        with kept():
+            from .assembly import assemble, seed_demo
+            from .model.pull import console_report
 
-        with console_report() as report:
-            server = assemble(settings, report, readiness)
-        if settings.demo:
-            seed_demo(server)
+            with console_report() as report:
+                server = assemble(settings, report, readiness)
+            if settings.demo:
+                seed_demo(server)
         with _metrics(settings, server.metrics):
             front.open(server.app, server.engine, settings.drain_seconds)
             _announce(settings, front.url)

@@ -1,4 +1,6 @@
-"""Memory: hands freed heap back to the operating system, and tells when there was none. Knows no adapters, never imports torch.
+"""Memory: hands freed heap back to the operating system, tells when there was none, and keeps collections off what stays.
+
+Knows no adapters, never imports torch.
 
 glibc keeps what is freed between live blocks. Loading a base and reading thousands of adapters frees tensors of every
 size on several threads, so without this the process stays larger than what it holds. Elsewhere than on Linux with glibc
@@ -8,7 +10,10 @@ nothing is handed back.
 from __future__ import annotations
 
 import ctypes
+import gc
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 #: How torch and the libraries below it say that an allocation failed: RuntimeErrors, torch.OutOfMemoryError among them.
@@ -20,6 +25,22 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, RuntimeError):
         return any(words in str(error) for words in _EXHAUSTED)
     return isinstance(error, MemoryError)
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """What is imported and made inside is there to stay: no collection looks for garbage in it, now or later.
+
+    A collection stops every thread. While a server is put together some hundred of them would walk over ever more objects,
+    and each full one afterwards over all of them.
+    """
+    gc.disable()
+    try:
+        yield
+        gc.collect()
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 class Reclaimer:

@@ -1,12 +1,15 @@
-"""Memory: the heap is trimmed once enough has passed through, and not before."""
+"""Memory: the heap is trimmed once enough has passed through, and what a server is made of is left alone by collections."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
+import weakref
+from collections.abc import Iterator
 
 import pytest
 
-from server.memory import Reclaimer, out_of_memory
+from server.memory import Reclaimer, kept, out_of_memory
 
 
 class Counting(Reclaimer):
@@ -41,3 +44,33 @@ def test_allocations_that_failed_are_told_from_other_failures() -> None:
     assert out_of_memory(MemoryError())
     assert not out_of_memory(RuntimeError("shapes do not match"))
     assert not out_of_memory(ValueError("out of memory"))
+
+
+class _Cycle:
+    def __init__(self) -> None:
+        self.own = self
+
+
+@pytest.fixture
+def thawed() -> Iterator[None]:
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("thawed")
+def test_what_is_made_is_kept_out_of_later_collections_but_its_garbage_is_not() -> None:
+    frozen = gc.get_freeze_count()
+    with kept():
+        assert not gc.isenabled()
+        garbage = weakref.ref(_Cycle())
+        assert garbage() is not None
+    assert garbage() is None
+    assert gc.get_freeze_count() > frozen
+    assert gc.isenabled()
+
+
+@pytest.mark.usefixtures("thawed")
+def test_collections_go_on_when_the_making_failed() -> None:
+    with pytest.raises(ValueError, match="no base"), kept():
+        raise ValueError("no base")
+    assert gc.isenabled()
