@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 import torch
@@ -16,12 +17,19 @@ from torch import Tensor
 
 _PAGE: Final = 2 << 20  # bytes of a large page
 _CHUNK: Final = 64 << 20
+_MODE: Final = Path("/sys/kernel/mm/transparent_hugepage/enabled")  # "always [madvise] never"
 _LINE: Final = 64  # bytes; where a tensor begins
 
 
 def zeros(size: Sequence[int], dtype: torch.dtype, *, large_pages: bool) -> Tensor:
     """A zero tensor whose pages take memory once they are written."""
     return _bytes(math.prod(size) * dtype.itemsize, large_pages).view(dtype).view(*size)
+
+
+def taken(written: int, *, large_pages: bool) -> int:
+    """Bytes of memory that a tensor of `zeros` takes once its first `written` bytes are written: whole pages."""
+    page = _PAGE if large_pages and _has_large_pages() else mmap.PAGESIZE
+    return -(-written // page) * page
 
 
 class Room:
@@ -38,6 +46,13 @@ class Room:
             self._left = _bytes(max(taken, _CHUNK), large_pages=True)
         own, self._left = self._left[:count], self._left[taken:]
         return own.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def _has_large_pages() -> bool:
+    try:
+        return "[never]" not in _MODE.read_text()
+    except OSError:
+        return False
 
 
 def _bytes(count: int, large_pages: bool) -> Tensor:

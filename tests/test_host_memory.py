@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
+from pathlib import Path
+
 import pytest
 import torch
 
-from server.host_memory import Room, zeros
+from server import host_memory
+from server.host_memory import Room, taken, zeros
 
 
 @pytest.mark.parametrize("large_pages", [True, False])
@@ -43,3 +47,15 @@ def test_a_tensor_larger_than_what_is_taken_at_once_has_room_too() -> None:
     room = Room()
     assert torch.equal(room.place(large), large)
     assert room.place(large[-3:]).tolist() == [0, 0, 7]
+
+
+@pytest.mark.parametrize(
+    ("mode", "large"), [("always [madvise] never", True), ("always madvise [never]", False), (None, False)]
+)
+def test_memory_is_taken_in_whole_pages(mode: str | None, large: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if mode is not None:
+        (tmp_path / "enabled").write_text(mode)
+    monkeypatch.setattr(host_memory, "_MODE", tmp_path / "enabled")
+    page = 2 << 20 if large else mmap.PAGESIZE
+    assert [taken(count, large_pages=True) for count in (0, 1, page, page + 1)] == [0, page, page, 2 * page]
+    assert taken(1, large_pages=False) == mmap.PAGESIZE

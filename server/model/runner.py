@@ -159,7 +159,7 @@ class Runner:
         return list(range(1, 1 - -positions // self._caches[0][0].shape[1]))
 
     def warm_up(self, tokens: int) -> int:
-        """One pass over `tokens` tokens before anybody waits for one; returns the bytes of cache it wrote.
+        """One pass over `tokens` tokens before anybody waits for one; returns the bytes of host memory that the cache takes then.
 
         Threads start and buffers grow to a full step's size, so that what the process holds afterwards is what it needs.
         """
@@ -168,7 +168,7 @@ class Runner:
         scratch = self.scratch_blocks(count)
         self.run([Row(Seq(None, (), b"", 0, [0] * count, count, blocks=scratch), 0, count)])
         self._batch.forget_composition()
-        return len(scratch) * block_nbytes(self.base, size)
+        return sum(_taken(cache, scratch[-1] + 1) for cache in chain.from_iterable(self._caches))
 
     # -- a forward pass ------------------------------------------------------------------------------------------
 
@@ -258,6 +258,13 @@ def _zeros(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> T
     if device.type != "cpu":
         return torch.zeros(size, device=device, dtype=dtype)
     return host_memory.zeros(size, dtype, large_pages=True)
+
+
+def _taken(cache: Tensor, blocks: int) -> int:
+    """Bytes of host memory that a cache of `_zeros` takes once its first `blocks` blocks are written."""
+    if cache.device.type != "cpu":
+        return 0
+    return min(cache.nbytes, host_memory.taken(cache[:blocks].nbytes, large_pages=True))
 
 
 def _is_soft_prompt(row: Row) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adapters_store.digest import Digest
+from server import host_memory
 from server.engine.plan import Copy, Evict, Fill, Put, Row
 from server.engine.plan import Sequence as Seq
 from server.methods import build_methods
@@ -163,8 +164,9 @@ def test_warming_up_runs_as_many_tokens_as_asked_or_fit(
     runner, ran = new_runner(blocks), []
     run = runner.run
     monkeypatch.setattr(runner, "run", lambda rows: ran.extend(row.count for row in rows) or run(rows))
+    monkeypatch.setattr(host_memory, "taken", lambda written, large_pages: written)
     size = caches(runner).shape[3]
-    assert runner.warm_up(tokens) == written * block_nbytes(runner.base, size)
+    assert runner.warm_up(tokens) == (1 + written) * block_nbytes(runner.base, size)  # the null block lies before them
     assert ran == [min(tokens, written * size)]
     assert not caches(runner)[:, :, 0].any()
 

@@ -22,14 +22,16 @@
 namespace adapterd {
 namespace {
 
-constexpr index_t CHUNK = 64;        // positions per partial
+constexpr index_t CHUNK = 64;  // positions per partial
 constexpr index_t VECS = CHUNK / LANES;
-constexpr index_t QUERY_ROWS = 64;   // (token, head) pairs that share one staged chunk
-constexpr index_t PIECE = 4;         // chunks per piece when one task is shared out
-constexpr int WIDE = LANES == 16 ? 2 * VECTORS : VECTORS;  // vectors of columns for few rows
+constexpr index_t QUERY_ROWS = 64;  // (token, head) pairs that share one chunk
+constexpr index_t PIECE = 4;        // chunks per piece when one task is shared out
+// Few rows leave room in registers for more columns, which hides the latency of a sum.
 constexpr int FEW_ROWS = LANES == 16 ? MAX_ROWS / 2 : MAX_ROWS;
-constexpr index_t LEAD = 64;            // cache lines that are fetched before they are needed
-constexpr index_t CHUNK_LINES = 2048;   // more than any chunk has
+constexpr int WIDE = LANES == 16 ? 2 * VECTORS : VECTORS;  // vectors of columns for few rows
+constexpr index_t WIDE_LINES = Stream::lines(WIDE * LANES * sizeof(float));
+constexpr index_t LEAD = 64;           // cache lines that are fetched before they are needed
+constexpr index_t CHUNK_LINES = 2048;  // more than any chunk has
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
 using Call = AttentionCall;
@@ -201,29 +203,28 @@ struct Values {  // columns from `column` on of one position per row
     }
 };
 
-// scores = q K of all rows. Few rows leave room for more columns in registers.
+// scores = q K of all rows.
 void score(const Call &c, index_t rows, Work &w) {
-    const Located &where = w.where;
+    auto keys = [&](index_t vector) { return Keys{w.where.k + vector, w.where.k_stride}; };
     index_t j = 0;
     if (rows <= FEW_ROWS)
         for (; j < VECS; j += WIDE)
-            product<WIDE, FEW_ROWS>(rows, w.queries, c.dim, Keys{where.k + j, where.k_stride}, c.dim, w.scores + j * LANES, CHUNK, false,
-                          Streamed{&w.coming, WIDE * LANES * 4 / Stream::LINE});
+            product<WIDE, FEW_ROWS>(rows, w.queries, c.dim, keys(j), c.dim, w.scores + j * LANES, CHUNK, false,
+                                    Streamed{&w.coming, WIDE_LINES});
     for (; j < VECS; j += VECTORS)
-        product<VECTORS, MAX_ROWS>(rows, w.queries, c.dim, Keys{where.k + j, where.k_stride}, c.dim, w.scores + j * LANES, CHUNK, false);
+        product<VECTORS, MAX_ROWS>(rows, w.queries, c.dim, keys(j), c.dim, w.scores + j * LANES, CHUNK, false);
 }
 
 // acc of query rows [from, to) (+)= p V over positions `at`.
 void weigh(const Call &c, Work &w, index_t from, index_t to, Range at, float *acc, bool resume) {
-    index_t d = 0, rows = to - from, width = c.padded();
+    index_t d = 0, rows = to - from, width = c.padded(), depth = at.to - at.from;
     const float *p = w.scores + from * CHUNK + at.from;
     const float *const *v = w.where.v + at.from;
     acc += from * width;
     if (rows <= FEW_ROWS)
         for (; d + WIDE * LANES <= width; d += WIDE * LANES)
-            product<WIDE, FEW_ROWS>(rows, p, CHUNK, Values{v, d}, at.to - at.from, acc + d, width, resume,
-                          Streamed{&w.coming, WIDE * LANES * 4 / Stream::LINE});
-    for (; d < width; d += PANEL) product<VECTORS, MAX_ROWS>(rows, p, CHUNK, Values{v, d}, at.to - at.from, acc + d, width, resume);
+            product<WIDE, FEW_ROWS>(rows, p, CHUNK, Values{v, d}, depth, acc + d, width, resume, Streamed{&w.coming, WIDE_LINES});
+    for (; d < width; d += PANEL) product<VECTORS, MAX_ROWS>(rows, p, CHUNK, Values{v, d}, depth, acc + d, width, resume);
 }
 
 // Rows of one tile see overlapping spans: what all of them see is computed together, the rest row by row, in order.

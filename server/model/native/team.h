@@ -41,7 +41,8 @@ class Team {
     index_t take() { return taken_.fetch_add(1, std::memory_order_relaxed); }
 
   private:
-    static constexpr int SPINS = 1 << 14;  // about a millisecond: a kernel's members differ by less unless one lost its processor
+    // About a millisecond: members differ by less, unless one has lost its processor.
+    static constexpr int SPINS = 1 << 14;
 
     static void relax() {
 #if defined(__x86_64__)
