@@ -159,7 +159,7 @@ class Runner:
         return list(range(1, 1 - -positions // self._caches[0][0].shape[1]))
 
     def warm_up(self, tokens: int) -> int:
-        """One pass over `tokens` tokens before anybody waits for one; returns the bytes of host memory that the cache takes then.
+        """One pass over `tokens` tokens before anybody waits for one; returns the bytes of host memory the cache takes then.
 
         Threads start and buffers grow to a full step's size, so that what the process holds afterwards is what it needs.
         """
