@@ -7,6 +7,7 @@ could notice; victims are prefills in chunks, decodes, stored prefixes with a pa
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def answers(lab: Lab) -> dict[str, torch.Tensor]:
 
 def poisoned(lab: Lab) -> int:
     """Blocks that hold NaN in some layer."""
-    return int(torch.stack(lab.runner._caches).isnan().any(dim=(0, 1, 3, 4, 5)).sum())
+    return int(torch.stack([*chain.from_iterable(lab.runner._caches)]).isnan().any(dim=(0, 2, 3, 4)).sum())
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])  # without and with a window and softcap
