@@ -41,10 +41,10 @@ class Room:
     def place(self, tensor: Tensor) -> Tensor:
         """A contiguous copy of a host tensor."""
         count = tensor.numel() * tensor.itemsize
-        taken = -(-count // _LINE) * _LINE
-        if taken > len(self._left):
-            self._left = _bytes(max(taken, _CHUNK), large_pages=True)
-        own, self._left = self._left[:count], self._left[taken:]
+        lines = -(-count // _LINE) * _LINE
+        if lines > len(self._left):
+            self._left = _bytes(max(lines, _CHUNK), large_pages=True)
+        own, self._left = self._left[:count], self._left[lines:]
         return own.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 

@@ -52,7 +52,7 @@ class Settings(BaseSettings):
     cuda_graphs: bool = Field(False, description="Replay decode steps as CUDA graphs; no GPU has run this yet.")
 
     kv_cache_gb: float | None = Field(None, gt=0, description="KV cache size in GB; unset = a share of free memory.")
-    block_size: int = Field(16, ge=1, le=512, description="Token positions per KV block.")
+    block_size: int = Field(16, ge=1, le=512, description="Token positions per KV block; multiples of 16 are fastest on a CPU.")
     max_batch_tokens: int = Field(512, ge=1, le=65536, description="Token budget of one step (prefill chunks + decode).")
     max_prefill_tokens: int = Field(
         0,

@@ -22,7 +22,7 @@ from ..methods.grouped import AddRows, MulRows
 from .attention import LayerAttention, attention_of
 from .fused import GatedMLP, RMSNorm
 from .linear import PackedModule
-from .native import NativeKernels, library
+from .native import NativeKernels, opcodes
 from .sites import Extension
 from .step import Step
 
@@ -122,7 +122,7 @@ class Frame:
     """What all layers of one step have in common, as words; written again when the step's tensors are new."""
 
     def __init__(self) -> None:
-        self.words = torch.zeros(library.FRAME_WORDS, dtype=torch.int64)
+        self.words = torch.zeros(opcodes.FRAME_WORDS, dtype=torch.int64)
         self._held: tuple[object, ...] = ()
         self._prompt = -1
 
@@ -252,7 +252,7 @@ class LayerProgram:
             instructions = _instructions(self._parts, layer, tokens, self._space)
         if instructions is None:
             return None
-        width = library.INSTRUCTION_WORDS
+        width = opcodes.INSTRUCTION_WORDS
         return torch.tensor([(*words, *(0,) * (width - len(words))) for words in instructions], dtype=torch.int64)
 
 
@@ -268,20 +268,20 @@ def _instructions(parts: LayerParts, layer: LayerAttention, tokens: int, space: 
         _normed(parts.norm, normed, space),
         *(_adapted(module, normed, wide[name], space) for name, module in (("q", parts.q), ("k", parts.k), ("v", parts.v))),
         [
-            (library.WRITE, wide["q"], wide["k"], wide["v"], *caches, blocks, size, at.heads, at.kv_heads, at.dim),
+            (opcodes.WRITE, wide["q"], wide["k"], wide["v"], *caches, blocks, size, at.heads, at.kv_heads, at.dim),
             (
-                library.ATTEND, wide["q"], *caches, blocks, size, at.dim, at.heads, at.kv_heads,
+                opcodes.ATTEND, wide["q"], *caches, blocks, size, at.dim, at.heads, at.kv_heads,
                 _number(at.scale), at.window, _number(at.softcap), mixed,
             ),
         ],
         _adapted(parts.o, mixed, out, space, own_input=True),
-        [(library.ADD, out, _HIDDEN, parts.o.out_features)],
+        [(opcodes.ADD, out, _HIDDEN, parts.o.out_features)],
         _normed(parts.second_norm, normed, space),
         _adapted(gate_proj, normed, gate, space),
         _adapted(up_proj, normed, up, space),
         [(_activation(parts.gated), gate, up, gate, gate_proj.out_features)],
         _adapted(down_proj, gate, out, space, own_input=True),
-        [(library.ADD, out, _HIDDEN, down_proj.out_features)],
+        [(opcodes.ADD, out, _HIDDEN, down_proj.out_features)],
     ]  # fmt: skip
     return None if None in found else [words for some in found if some is not None for words in some]
 
@@ -289,7 +289,7 @@ def _instructions(parts: LayerParts, layer: LayerAttention, tokens: int, space: 
 def _normed(module: nn.Module, out: int, space: Space) -> list[Words] | None:
     """A norm of the hidden states, and what this step's adapters do to it."""
     norm, extension = cast("RMSNorm", module.forward), cast("Extension | None", module.extension)
-    words = (library.NORM, _HIDDEN, out, norm.scale.data_ptr(), norm.scale.numel(), _number(norm.eps))
+    words = (opcodes.NORM, _HIDDEN, out, norm.scale.data_ptr(), norm.scale.numel(), _number(norm.eps))
     if extension is None:
         return [words]
     before, after = extension.runs_before(), extension.runs()
@@ -300,7 +300,7 @@ def _normed(module: nn.Module, out: int, space: Space) -> list[Words] | None:
 
 
 def _activation(gated: GatedMLP) -> int:
-    return library.SILU_MUL if gated.kernel == gated.native.silu_mul else library.GELU_TANH_MUL
+    return opcodes.SILU_MUL if gated.kernel == gated.native.silu_mul else opcodes.GELU_TANH_MUL
 
 
 def _adapted(module: PackedModule, x: int, y: int, space: Space, *, own_input: bool = False) -> list[Words] | None:
@@ -328,7 +328,7 @@ def _words(run: object, x: int, y: int, space: Space) -> Words | None:
         return run.words(x, y, space.of("low", run.space))
     if not isinstance(run, AddRows | MulRows) or run.vectors.dtype is not torch.float32:
         return None
-    kind = library.ADD_ROWS if isinstance(run, AddRows) else library.MUL_ROWS
+    kind = opcodes.ADD_ROWS if isinstance(run, AddRows) else opcodes.MUL_ROWS
     rows, (slots, width) = run.rows, run.vectors.shape
     where = (rows.index.data_ptr(), rows.slot.data_ptr(), rows.index.numel(), slots)
     return (kind, y, run.vectors.data_ptr(), *where, width)

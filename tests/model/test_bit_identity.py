@@ -22,7 +22,7 @@ from server.methods.base import Adapter, BaseShape, Checkpoint, Limits, Part
 from server.model.kernels import Kernels, choose_kernels
 from server.model.loader import make_base
 from server.model.native import NativeKernels
-from server.model.native.library import PackedLinear
+from server.model.native.prepared import PackedLinear
 from server.settings import default_home
 from tests.lab import BASE, Lab
 from tests.tiny import ARCHITECTURES, VOCAB, tiny_model

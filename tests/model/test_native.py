@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from server.methods.activations import ACTIVATIONS
-from server.model.native import NativeKernels, NativeUnavailable, library, load, make_caches, open_library, reference
+from server.model.native import NativeKernels, NativeUnavailable, load, make_caches, open_library, prepared, reference
 from server.model.native.build import find_compiler, library_path, prebuild
 from server.model.native.int8 import Int8Weight, pack_int8, unpack_int8
-from server.model.native.library import pack, unpack
+from server.model.native.layouts import pack, unpack
 
 FP32, BF16 = torch.float32, torch.bfloat16
 quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -185,7 +185,7 @@ def bottleneck_case(n: int, slots: int, rank: int, width: int) -> tuple[Any, ...
 @quick
 @given(
     n=st.integers(0, 40), slots=st.integers(1, 9), rank=st.integers(1, 35), width=st.integers(1, 300),
-    activation=st.sampled_from(library.ACTIVATIONS),
+    activation=st.sampled_from(prepared.ACTIVATIONS),
 )  # fmt: skip
 def test_bottleneck_equals_torch(kernels: NativeKernels, n: int, slots: int, rank: int, width: int, activation: str) -> None:
     x, got, weights, index, slot = bottleneck_case(n, slots, rank, width)
@@ -196,10 +196,10 @@ def test_bottleneck_equals_torch(kernels: NativeKernels, n: int, slots: int, ran
 
 
 def test_native_activations_are_those_that_adapters_may_name() -> None:
-    assert set(library.ACTIVATIONS) == set(ACTIVATIONS)
+    assert set(prepared.ACTIVATIONS) == set(ACTIVATIONS)
 
 
-@pytest.mark.parametrize("activation", library.ACTIVATIONS)
+@pytest.mark.parametrize("activation", prepared.ACTIVATIONS)
 def test_a_native_activation_is_torchs_from_end_to_end(kernels: NativeKernels, activation: str) -> None:
     x, eye, none = torch.linspace(-30, 30, 4096).view(-1, 64), torch.eye(64)[None], torch.zeros(1, 64)
     got, everyone = torch.zeros_like(x), torch.arange(len(x))
@@ -208,7 +208,7 @@ def test_a_native_activation_is_torchs_from_end_to_end(kernels: NativeKernels, a
     assert ((got - want).abs() <= 3e-7 * (1 + x.abs())).all()
 
 
-@pytest.mark.parametrize("activation", library.ACTIVATIONS)
+@pytest.mark.parametrize("activation", prepared.ACTIVATIONS)
 def test_a_row_of_a_bottleneck_has_the_same_bits_in_any_company(kernels: NativeKernels, activation: str) -> None:
     x, y, weights, index, slot = bottleneck_case(37, 5, 13, 77)
     together = y.clone()
@@ -232,7 +232,7 @@ def test_a_bottleneck_may_read_what_it_adds_to(kernels: NativeKernels) -> None:
     assert torch.equal(own, apart)
 
 
-@pytest.mark.parametrize("activation", library.ACTIVATIONS)
+@pytest.mark.parametrize("activation", prepared.ACTIVATIONS)
 def test_nan_in_one_slot_of_a_bottleneck_reaches_its_rows_alone(kernels: NativeKernels, activation: str) -> None:
     x, y, weights, index, slot = bottleneck_case(9, 3, 8, 40)
     clean, dirty = y.clone(), y.clone()

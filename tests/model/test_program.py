@@ -14,7 +14,7 @@ from server.methods.base import Adapter, Checkpoint, Limits, Part
 from server.model import program as module
 from server.model.kernels import Kernels
 from server.model.loader import make_base
-from server.model.native import NativeKernels, NativeUnavailable, library, open_library
+from server.model.native import NativeKernels, NativeUnavailable, opcodes, open_library
 from server.settings import default_home
 from tests.lab import BASE, Lab, kernels_named
 from tests.tiny import tiny_model
@@ -217,7 +217,7 @@ def frame(hidden: Tensor, **words: int) -> Tensor:
 
 
 def instructions(*given: Sequence[int]) -> Tensor:
-    program = torch.zeros(len(given), library.INSTRUCTION_WORDS, dtype=torch.int64)
+    program = torch.zeros(len(given), opcodes.INSTRUCTION_WORDS, dtype=torch.int64)
     for row, words in zip(program, given, strict=True):
         row[: len(words)] = torch.tensor(words)
     return program
@@ -225,15 +225,15 @@ def instructions(*given: Sequence[int]) -> Tensor:
 
 def test_instructions_run_in_order(native: NativeKernels) -> None:
     hidden, other = torch.ones(3, 40), torch.full((3, 40), 2.0)
-    add = (library.ADD, other.data_ptr(), 0, 40)
-    gate = (library.SILU_MUL, 0, 0, other.data_ptr(), 40)
+    add = (opcodes.ADD, other.data_ptr(), 0, 40)
+    gate = (opcodes.SILU_MUL, 0, 0, other.data_ptr(), 40)
     native.layer(instructions(add, gate, add), frame(hidden))
     torch.testing.assert_close(hidden, 3 + torch.nn.functional.silu(torch.full((3, 40), 3.0)) * 3)
 
 
 def test_a_program_that_breaks_a_rule_runs_nothing(native: NativeKernels) -> None:
     hidden = torch.ones(2, 8)
-    add = (library.ADD, 0, 0, 8)
+    add = (opcodes.ADD, 0, 0, 8)
     a, b = torch.ones(3, 4, 8), torch.ones(3, 4, 8)
     for index, slot, message in (([0, 2], [1, 1], "index names a row"), ([0, 1], [1, 3], "slot names a slot")):
         run = native.lora_over(a, b, torch.tensor(index), torch.tensor(slot))
@@ -241,7 +241,7 @@ def test_a_program_that_breaks_a_rule_runs_nothing(native: NativeKernels) -> Non
             native.layer(instructions(add, run.words(0, 0, torch.empty(run.space).data_ptr())), frame(hidden))
     write = torch.tensor([0, 99])
     with pytest.raises(ValueError, match="write names a position outside"):
-        native.layer(instructions(add, (library.WRITE, 0, 0, 0, 0, 0, 16, 1, 1, 8)), frame(hidden, write=write.data_ptr()))
+        native.layer(instructions(add, (opcodes.WRITE, 0, 0, 0, 0, 0, 2, 8, 1, 1, 8)), frame(hidden, write=write.data_ptr()))
     with pytest.raises(ValueError, match="unknown instruction"):
         native.layer(instructions(add, (99,)), frame(hidden))
     assert torch.equal(hidden, torch.ones(2, 8))

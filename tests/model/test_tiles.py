@@ -13,7 +13,8 @@ from torch import Tensor
 
 from server.model.native import NativeKernels, NativeUnavailable, open_library, reference
 from server.model.native.build import find_compiler
-from server.model.native.library import Split, pack_tiles, unpack_tiles
+from server.model.native.layouts import pack_tiles, unpack_tiles
+from server.model.native.prepared import Split
 
 quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -15,7 +15,9 @@ from pathlib import Path
 
 from .build import NativeUnavailable, library_path
 from .checks import self_check
-from .library import CacheSize, NativeKernels, PackedLinear, make_caches
+from .layouts import CacheSize, make_caches
+from .library import NativeKernels
+from .prepared import PackedLinear
 
 __all__ = ["CacheSize", "NativeKernels", "NativeUnavailable", "PackedLinear", "load", "make_caches", "open_library"]
 

@@ -230,11 +230,11 @@ void weigh(const Call &c, Work &w, index_t from, index_t to, Range at, float *ac
 // Rows of one tile see overlapping spans: what all of them see is computed together, the rest row by row, in order.
 void weigh_tile(const Call &c, Work &w, index_t from, index_t to, const Range *seen, float *acc) {
     Range common{seen[to - 1].from, seen[from].to};
-    bool together = common.from < common.to;
-    for (index_t r = from; r < to; r++)
+    bool together = common.from < common.to, begun = !together || seen[from].from < common.from;
+    for (index_t r = from; r < to && begun; r++)
         weigh(c, w, r, r + 1, {seen[r].from, together ? common.from : seen[r].to}, acc, false);
     if (!together) return;
-    weigh(c, w, from, to, common, acc, true);
+    weigh(c, w, from, to, common, acc, begun);
     for (index_t r = from; r < to; r++)
         if (seen[r].to > common.to) weigh(c, w, r, r + 1, {common.to, seen[r].to}, acc, true);
 }

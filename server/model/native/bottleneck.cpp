@@ -12,7 +12,7 @@
 namespace adapterd {
 namespace {
 
-// The order of ACTIVATIONS in library.py.
+// The order of ACTIVATIONS in prepared.py.
 enum Activation {
     LINEAR,
     RELU,

@@ -15,7 +15,9 @@ from torch import Tensor
 from . import reference
 from .build import NativeUnavailable
 from .int8 import Int8Weight
-from .library import CacheSize, NativeKernels, Split, make_caches
+from .layouts import CacheSize, make_caches
+from .library import NativeKernels
+from .prepared import Split
 
 TOLERANCE = 1e-4  # absolute, on values of size about 1 after sums of at most 70 products
 

@@ -1,5 +1,5 @@
 // A decoder layer as one call: a program of kernels that one team of threads runs through, with nothing in between.
-// Owns the instructions' encoding (the words of `library.py`) and the checks that a program needs before it starts.
+// Owns the instructions' encoding (the words of `opcodes.py`) and the checks that a program needs before it starts.
 // Knows no model: what a layer is made of, and where its tensors lie, was decided when the program was written.
 //
 // A call per kernel costs a trip through Python and the start of a team each; with some five hundred kernels in a step

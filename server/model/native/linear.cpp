@@ -1,5 +1,5 @@
 // y = x W^T + b over a weight packed in panels of 32 columns, stored as fp32, bf16 or int8, multiplied in fp32.
-// Owns the blocking and the packed layout's arithmetic; the layout itself is made in Python (`library.py`).
+// Owns the blocking and the packed layout's arithmetic; the layout itself is made in Python (`layouts.py`).
 //
 //   weight [N, K]  ->  panels [ceil(N / 32)][K][32], zero padded; a panel is read front to back, once per block of rows
 //   int8: each panel begins with the fp32 scales of its 32 columns, by which the finished sums are multiplied
