@@ -29,7 +29,7 @@ constexpr int SIDE = 16;                         // rows of a tile, and columns 
 constexpr int STEP = 2 * SIDE;                   // k of one tile
 constexpr index_t TILE = SIDE * STEP;            // bf16 values of one tile: 1 KB
 constexpr int PIECES = 3;                        // 8 bits of an fp32's 24 each
-constexpr index_t BLOCK_BYTES = 1 << 20;         // pieces that stay in the second-level cache while panels pass
+constexpr index_t BLOCK_BYTES = 9 << 17;         // of the second-level cache: a block's pieces, and the panels that pass
 constexpr index_t FEW = 64;                      // rows up to which a second thread's cutting of the same rows is cheap
 constexpr index_t LINE = 64;                     // bytes the cache takes at once
 constexpr index_t FIRST_LINES = 256;             // of a thread's first panel, asked for before anything else
@@ -47,10 +47,10 @@ struct Call {
     const char *panel(index_t p) const { return reinterpret_cast<const char *>(panels) + p * panel_bytes(); }
 };
 
-// Tiles of rows whose pieces stay in the second-level cache.
+// Tiles of rows whose pieces stay in the second-level cache beside the two panels that are read and the two that come next.
 index_t block_tiles(index_t steps) {
-    index_t fitting = BLOCK_BYTES / (steps * PIECES * TILE * static_cast<index_t>(sizeof(bf16)));
-    return fitting > 0 ? fitting : 1;
+    index_t step_tiles = BLOCK_BYTES / (steps * TILE * static_cast<index_t>(sizeof(bf16)));
+    return std::max<index_t>((step_tiles - 4 * PANEL / SIDE) / PIECES, 1);
 }
 
 // Of one thread: the pieces of a block, and of few rows.
@@ -67,25 +67,38 @@ constexpr struct alignas(64) {
 
 void configure() { _tile_loadconfig(&WHOLE_TILES); }
 
-// The three pieces of 16 values: the upper half of the value, of what that leaves, and of what that leaves.
-void cut(__m512 x, bf16 *to) {
+// The upper halves of a's 16 words and then of b's.
+__m512i upper_halves(__m512i a, __m512i b) {
+    static constexpr struct alignas(64) Odd {
+        std::uint16_t at[STEP];
+        constexpr Odd() : at() {
+            for (int i = 0; i < STEP; i++) at[i] = static_cast<std::uint16_t>(2 * i + 1);
+        }
+    } ODD;
+    return _mm512_permutex2var_epi16(a, _mm512_load_si512(&ODD), b);
+}
+
+// The three pieces of 32 values: the upper half of the value, of what that leaves, and of what that leaves.
+void cut(__m512 a, __m512 b, bf16 *to) {
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
     for (int piece = 0; piece < PIECES; piece++) {
-        __m512i bits = _mm512_and_si512(_mm512_castps_si512(x), upper);
-        _mm256_store_si256(reinterpret_cast<__m256i *>(to + piece * TILE), _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
-        x = _mm512_sub_ps(x, _mm512_castsi512_ps(bits));
+        __m512i of_a = _mm512_castps_si512(a), of_b = _mm512_castps_si512(b);
+        _mm512_store_si512(to + piece * TILE, upper_halves(of_a, of_b));
+        a = _mm512_sub_ps(a, _mm512_castsi512_ps(_mm512_and_si512(of_a, upper)));
+        b = _mm512_sub_ps(b, _mm512_castsi512_ps(_mm512_and_si512(of_b, upper)));
     }
 }
 
+// The first `count` of a vector's values.
+__mmask16 first(index_t count) { return static_cast<__mmask16>((1u << std::clamp<index_t>(count, 0, SIDE)) - 1); }
+
 // Rows from `row` and k from `step * STEP` on. Rows behind the last are left as they are: no sum that is kept meets them.
 void cut_tile(const Call &c, index_t row, index_t step, bf16 *to) {
-    index_t rows = std::min<index_t>(c.m - row, SIDE);
-    for (int half = 0; half < 2; half++) {
-        index_t from = step * STEP + half * SIDE, left = std::max<index_t>(c.k - from, 0);
-        __mmask16 held = static_cast<__mmask16>(left >= SIDE ? 0xffff : (1u << left) - 1);
-        for (index_t r = 0; r < rows; r++)
-            cut(_mm512_maskz_loadu_ps(held, c.x + (row + r) * c.k + from), to + r * STEP + half * SIDE);
-    }
+    index_t rows = std::min<index_t>(c.m - row, SIDE), from = step * STEP;
+    __mmask16 low = first(c.k - from), high = first(c.k - from - SIDE);
+    const float *x = c.x + row * c.k + from;
+    for (index_t r = 0; r < rows; r++, x += c.k, to += STEP)
+        cut(_mm512_maskz_loadu_ps(low, x), _mm512_maskz_loadu_ps(high, x + SIDE), to);
 }
 
 // Tile registers: 0 to 3 sums of up to four columns of tiles, 4 the weights, 5 to 7 the pieces; the smallest go in first.
@@ -103,7 +116,7 @@ struct Coming {
     index_t lines;
 };
 
-// 16 rows times one panel, or two that lie side by side, into out [16][32 or 64].
+// 16 rows times one panel, or two that lie side by side, into out [16][32 or 64], which is asked for meanwhile.
 template <int PANELS>
 ADAPTERD_INLINE void multiply(const bf16 *pieces, const bf16 *panel, index_t steps, float *out, index_t ldo, Coming coming) {
     const bf16 *next = panel + 2 * TILE * steps;
@@ -115,6 +128,8 @@ ADAPTERD_INLINE void multiply(const bf16 *pieces, const bf16 *panel, index_t ste
     }
     for (index_t s = 0; s < steps; s++) {
         for (index_t line = 0; line < coming.lines; line++, coming.at += LINE) __builtin_prefetch(coming.at, 0, 2);
+        if (s < SIDE)
+            for (int column = 0; column < PANELS * PANEL; column += SIDE) __builtin_prefetch(out + s * ldo + column, 1, 2);
         _tile_loadd(5, pieces, 64);
         _tile_loadd(6, pieces + TILE, 64);
         _tile_loadd(7, pieces + 2 * TILE, 64);
@@ -195,9 +210,10 @@ void by_panels(const Call &c, bf16 *pieces) {
 // Many rows: each thread has its own, and cuts as many at a time as stay in the cache while all panels pass.
 void by_rows(const Call &c, bf16 *pieces) {
     Range mine = member.share((c.m + SIDE - 1) / SIDE);
-    index_t height = block_tiles(c.steps);
-    for (index_t tile = mine.from; tile < mine.to; tile += height) {
-        Range rows{tile * SIDE, std::min(std::min(tile + height, mine.to) * SIDE, c.m)};
+    index_t tiles = mine.to - mine.from, most = block_tiles(c.steps), blocks = (tiles + most - 1) / most;
+    for (index_t b = 0; b < blocks; b++) {
+        index_t from = mine.from + tiles * b / blocks, to = mine.from + tiles * (b + 1) / blocks;
+        Range rows{from * SIDE, std::min(to * SIDE, c.m)};
         cut_rows(c, rows, pieces);
         product(c, pieces, rows, {0, (c.n + PANEL - 1) / PANEL});
     }
