@@ -25,7 +25,7 @@ from .fused_layer import fuse_layers
 from .linear import pack_model
 from .native import NativeKernels, NativeUnavailable, make_caches, open_library
 from .quantized import quantize_model
-from .sampling import LogSums, torch_log_sums
+from .sampling import FindPeaks, torch_peaks
 from .step import Step
 
 
@@ -40,7 +40,7 @@ class Kernels:
     lora: LoraKernel | None = None  # None: LoRA's own torch arithmetic
     linear: MakeLinear | None = None  # of matrices that adapters bring; None: torch's products
     bottleneck: BottleneckKernel | None = None  # None: torch's products
-    log_sums: LogSums = torch_log_sums
+    peaks: FindPeaks = torch_peaks
     prepare: Callable[..., None] | None = None  # (model): swaps modules of the base for packed and fused ones
     graphable: bool = False  # whether a CUDA graph can hold a step of decodes
     int8: bool = False  # whether `prepare` rounds the base's linear layers to eight bits
@@ -113,7 +113,7 @@ def native_kernels(native: NativeKernels) -> Kernels:
         lora,
         linear,
         bottleneck,
-        native.log_sums,
+        native.peaks,
         prepare,
         splits_prompts=native.has_tiles,
     )

@@ -75,7 +75,7 @@ class Runner:
         self._prefixes: dict[Digest, Prefix] = {}
         self._adapter_bytes: int | None = None  # until asked for again after a change
         self._readout = Readout(base.model, base.device)
-        self._log_sums = kernels.log_sums
+        self._peaks = kernels.peaks
         layers = [LayerAttention(*caches, self.step, kernels.attention, kernels.write) for caches in self._caches]
         bind(base.attention, layers)
 
@@ -238,7 +238,7 @@ class Runner:
             return {}
         chosen = logits if len(places) == len(logits) else logits[torch.tensor(places, device=logits.device)]
         asked = [_sample_row(row, guesses) for _, row in picking for guesses in range(len(row.draft) + 1)]
-        tokens = iter(sample(chosen, asked, self._log_sums))
+        tokens = iter(sample(chosen, asked, self._peaks))
         return {i: [next(tokens) for _ in range(len(row.draft) + 1)] for i, row in picking}
 
     def _score(self, row: Row, offsets: range, logits: Tensor) -> tuple[Token, ...]:
@@ -247,7 +247,7 @@ class Runner:
         first = row.start + offsets.start + 1  # the position whose token the first kept logits predict
         targets = seq.ids[first : min(first + len(offsets), seq.prompt_end)]
         at = torch.tensor(targets, device=logits.device, dtype=torch.int64)
-        scores = score_prompt(logits[: len(targets)], at, self._log_sums) if targets else []
+        scores = score_prompt(logits[: len(targets)], at, self._peaks) if targets else []
         scored = [Token(i, s) for i, s in zip(targets, scores, strict=True)]
         head = [Token(seq.ids[seq.virtual], None)] if seq.scored == 0 else []
         return (*head, *scored)

@@ -22,8 +22,9 @@ from .drawing import Draw, draw
 
 Ids = Callable[[], Sequence[int]]
 
-#: logits [K, V] fp32 contiguous -> log(sum of e^x) of each row, [K] fp64; NaN for a row that holds NaN or +infinity.
-LogSums = Callable[[Tensor], Tensor]
+#: logits [K, V] fp32 contiguous -> of each row the id of its first largest, [K] int64, and log(sum of e^x), [K] fp64: NaN for
+#: a row that holds NaN or +infinity.
+FindPeaks = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,20 @@ class SampleRow:
     generated: Ids
 
 
-def torch_log_sums(logits: Tensor) -> Tensor:
-    """What `LogSums` says, on any device."""
+def torch_peaks(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """What `FindPeaks` says, on any device."""
     most = logits.amax(-1)
-    return (logits - most[:, None]).exp_().sum(-1).double().log() + most
+    return _argmax(logits), (logits - most[:, None]).exp_().sum(-1).double().log() + most
 
 
-def sample(logits: Tensor, rows: Sequence[SampleRow], log_sums: LogSums = torch_log_sums) -> list[Token | None]:
+def sample(logits: Tensor, rows: Sequence[SampleRow], find_peaks: FindPeaks = torch_peaks) -> list[Token | None]:
     """logits [K, V] of the rows' last positions -> one token each, None where the logits are not finite."""
     logits = logits.float().contiguous()
-    chosen = _choose(_penalised(logits, rows), rows)
+    best, log_sums = find_peaks(logits)
+    scores = _penalised(logits, rows)
+    chosen = _choose(scores, rows, best if scores is logits else None)
     # A NaN anywhere in a row makes all of its logprobs NaN; +inf does too. One look at the chosen score suffices.
-    sums = log_sums(logits)[:, None]
+    sums = log_sums[:, None]
     picked = _logprobs(logits.gather(1, chosen[:, None]), sums)[:, 0]
     asked = {i: at for at, i in enumerate(i for i, row in enumerate(rows) if row.sampling.top_n)}
     if not asked:
@@ -82,13 +85,13 @@ def _token(id: int, logprob: float, alternatives: tuple[tuple[int, float], ...] 
     return Token(id, logprob, alternatives) if _is_finite(logprob) else None
 
 
-def _choose(scores: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """scores [K, V] -> token ids [K]."""
+def _choose(scores: Tensor, rows: Sequence[SampleRow], best: Tensor | None) -> Tensor:
+    """scores [K, V] -> token ids [K]; `best` are the ids of the largest, if they are known."""
     drawn = [i for i, row in enumerate(rows) if row.sampling.do_sample]
     draws = [Draw(rows[i].sampling, rows[i].index) for i in drawn]
     if len(drawn) == len(rows):
         return draw(scores, draws)
-    chosen = _argmax(scores)
+    chosen = _argmax(scores) if best is None else best
     if drawn:
         chosen[drawn] = draw(scores[drawn], draws)
     return chosen
@@ -99,10 +102,11 @@ def _argmax(scores: Tensor) -> Tensor:
     return torch.from_numpy(scores.numpy().argmax(-1)) if scores.device.type == "cpu" else scores.argmax(-1)
 
 
-def score_prompt(logits: Tensor, targets: Tensor, log_sums: LogSums = torch_log_sums) -> list[float]:
+def score_prompt(logits: Tensor, targets: Tensor, find_peaks: FindPeaks = torch_peaks) -> list[float]:
     """logits [n, V], targets [n]: the logprob each position gives to the prompt token that follows it."""
     logits = logits.float().contiguous()
-    scores: list[float] = _logprobs(logits.gather(1, targets[:, None]), log_sums(logits)[:, None])[:, 0].tolist()
+    _, sums = find_peaks(logits)
+    scores: list[float] = _logprobs(logits.gather(1, targets[:, None]), sums[:, None])[:, 0].tolist()
     return scores
 
 

@@ -526,29 +526,46 @@ def test_activations_survive_large_values(kernels: NativeKernels, op: Callable[.
 
 
 @pytest.mark.parametrize("width", [1, 3, 16, 37, 576, 49152])
-def test_log_sums_equal_torch(kernels: NativeKernels, width: int) -> None:
+def test_peaks_equal_torch(kernels: NativeKernels, width: int) -> None:
     x = random(4, width) * 30
     x[1] -= 1e4
     x[2, width // 2 :] = -torch.inf
     x[2, 0] = 3.0
-    torch.testing.assert_close(kernels.log_sums(x), reference.log_sums(x), rtol=0, atol=2e-6)
+    (best, sums), (want_best, want_sums) = kernels.peaks(x), reference.peaks(x)
+    assert best.tolist() == want_best.tolist()
+    torch.testing.assert_close(sums, want_sums, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("width", [1, 63, 64, 65, 200])
+def test_a_peak_is_the_first_of_equals_wherever_it_stands(kernels: NativeKernels, width: int) -> None:
+    for at in range(width):
+        x = torch.zeros(1, width)
+        x[0, at:] = 1.0
+        assert kernels.peaks(x)[0].tolist() == [at]
+
+
+def test_a_peak_is_an_id_even_where_nothing_is_finite(kernels: NativeKernels) -> None:
+    x = torch.stack([torch.full((70,), value) for value in (torch.nan, -torch.inf, torch.inf)])
+    best, sums = kernels.peaks(x)
+    assert best.tolist() == [0, 0, 0]
+    assert sums.isnan().all()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("at", [0, 17, 36])
-def test_log_sums_show_what_is_not_finite_and_keep_every_other_rows_bits(kernels: NativeKernels, value: float, at: int) -> None:
+def test_log_sums_of_peaks_show_what_is_not_finite_and_keep_every_other_rows_bits(kernels: NativeKernels, value: float, at: int) -> None:
     x = random(5, 37)
-    clean, alone = kernels.log_sums(x), kernels.log_sums(x[3:4])
+    clean, alone = kernels.peaks(x)[1], kernels.peaks(x[3:4])[1]
     x[1, at] = value
-    got = kernels.log_sums(x)
+    got = kernels.peaks(x)[1]
     assert got[1].isnan()
     assert torch.equal(got[[0, 2, 3, 4]], clean[[0, 2, 3, 4]])
     assert torch.equal(alone, clean[3:4])
 
 
-def test_log_sums_take_fp32_alone(kernels: NativeKernels) -> None:
+def test_peaks_take_fp32_alone(kernels: NativeKernels) -> None:
     with pytest.raises(ValueError, match=r"x must be contiguous torch.float32 \[2, 7\] on the CPU, got torch.float64"):
-        kernels.log_sums(random(2, 7).double())
+        kernels.peaks(random(2, 7).double())
 
 
 @pytest.mark.parametrize(("dim", "turned"), [(64, 64), (20, 20), (48, 12), (2, 2)])

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from server.model import sampling as module
-from server.model.sampling import SampleRow, sample, score_prompt, torch_log_sums
+from server.model.sampling import SampleRow, sample, score_prompt, torch_peaks
 from server.requests import Sampling, Token
 
 VOCAB = 61
@@ -230,9 +230,11 @@ def test_score_prompt_is_the_logprob_of_each_next_token() -> None:
     assert score_prompt(logits, targets) == pytest.approx(expected, abs=1e-6)
 
 
-def test_log_sums_are_those_of_large_and_small_logits() -> None:
+def test_peaks_are_those_of_large_and_small_logits() -> None:
     logits = torch.tensor([[1e4, 1e4 - 1, -1e4], [-1e4, -1e4, -1e4], [0.0, -torch.inf, -torch.inf]])
-    assert torch_log_sums(logits).tolist() == pytest.approx(logits.double().logsumexp(-1).tolist(), abs=1e-6)
+    best, sums = torch_peaks(logits)
+    assert best.tolist() == [0, 0, 0]
+    assert sums.tolist() == pytest.approx(logits.double().logsumexp(-1).tolist(), abs=1e-6)
 
 
 # ---- broken rows ----

@@ -1,4 +1,5 @@
-// Norms, gated activations, rotary embedding and the sum under a softmax: few passes over their rows, each row on its own.
+// Norms, gated activations, rotary embedding, the peak of a row and the sum under its softmax: few passes over their rows,
+// each row on its own.
 // Owns no layout but [rows, width]; formulas are Hugging Face's.
 #include <cmath>
 
@@ -64,14 +65,32 @@ ADAPTERD_INLINE void each_vector(const float *x, index_t width, float none, vf &
     }
 }
 
+constexpr float NONE = -std::numeric_limits<float>::infinity();
+
+ADAPTERD_INLINE float largest_of(const float *x, index_t width) {
+    vf one = splat(NONE), other = one;
+    each_vector(x, width, NONE, one, other, [](vf most, vf v) ADAPTERD_LAMBDA { return v > most ? v : most; });
+    return largest(one > other ? one : other);
+}
+
+// Where the first of the values that equal `value` stands; 0 if none does.
+ADAPTERD_INLINE index_t first_of(const float *x, index_t width, float value) {
+    constexpr index_t LOOKED_AT = 64;  // values at once, without a jump
+    index_t from = 0;
+    for (; from + LOOKED_AT <= width; from += LOOKED_AT) {
+        int found = 0;
+        for (index_t i = 0; i < LOOKED_AT; i++) found |= x[from + i] == value;
+        if (found) break;
+    }
+    for (index_t i = from; i < width; i++)
+        if (x[i] == value) return i;
+    return 0;
+}
+
 // log(sum of e^x), about the largest x. NaN or infinity anywhere gives NaN: one of them subtracts it from itself.
-ADAPTERD_INLINE double log_sum(const float *x, index_t width) {
-    const float none = -std::numeric_limits<float>::infinity();
-    vf one = splat(none), other = splat(none);
-    each_vector(x, width, none, one, other, [](vf most, vf v) ADAPTERD_LAMBDA { return v > most ? v : most; });
-    const float most = largest(one > other ? one : other);
-    one = other = vf{};
-    each_vector(x, width, none, one, other, [=](vf total, vf v) ADAPTERD_LAMBDA { return total + exp(v - most); });
+ADAPTERD_INLINE double log_sum(const float *x, index_t width, float most) {
+    vf one = {}, other = {};
+    each_vector(x, width, NONE, one, other, [=](vf total, vf v) ADAPTERD_LAMBDA { return total + exp(v - most); });
     return std::log(static_cast<double>(sum(one + other))) + most;
 }
 
@@ -161,11 +180,16 @@ ADAPTERD_EXPORT void adapterd_layer_norm(const float *x, const float *weight, co
     in_team(rows * width > PARALLEL_ELEMENTS, [&] { layer_norm(x, weight, bias, y, rows, width, eps); });
 }
 
-// y[r] = log(sum over i of e^x[r][i]); x [rows, width].
-ADAPTERD_EXPORT void adapterd_log_sums(const float *x, double *y, std::int64_t rows, std::int64_t width) {
+// best[r] = where the first of the largest x[r][i] stands, sums[r] = log(sum over i of e^x[r][i]); x [rows, width].
+ADAPTERD_EXPORT void adapterd_peaks(const float *x, std::int64_t *best, double *sums, std::int64_t rows, std::int64_t width) {
     using namespace adapterd;
-    in_team(rows * width > PARALLEL_ELEMENTS,
-            [&] { each(rows, [=](index_t r) { y[r] = log_sum(x + r * width, width); }); });
+    in_team(rows * width > PARALLEL_ELEMENTS, [&] {
+        each(rows, [=](index_t r) {
+            const float *from = x + r * width, most = largest_of(from, width);
+            best[r] = first_of(from, width, most);
+            sums[r] = log_sum(from, width, most);
+        });
+    });
 }
 
 // y = silu(gate) * up, all [rows, width].

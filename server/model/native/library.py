@@ -33,7 +33,7 @@ _LONG_CALLS: dict[str, tuple[Any, ...]] = {
     "bottleneck": (_INT, *[_P] * 8, *[_L] * 5),
     "attention": (_P, _L, _L, _P, _P, _L, _L, _L, _L, _P, _L, _P, _P, _L, _L, _L, _FLOAT, _L, _FLOAT, _P),
     "layer": (_P, _L, _P),
-    "log_sums": (_P, _P, _L, _L),
+    "peaks": (_P, _P, _P, _L, _L),
     "attend": (*[_P] * 5, _L, _P, _P, *[_L] * 4, _P, _P, _L, _P, _P, _L, _L, _L, _FLOAT, _L, _FLOAT, _P),
 }
 #: Microseconds each: giving the GIL away could cost a whole switch interval (5 ms) to get it back.
@@ -69,7 +69,7 @@ class NativeKernels:
         self._layer, self._bottleneck = calls["layer"], calls["bottleneck"]
         self._attend, self._write_kv, self._rotary = calls["attend"], calls["write_kv"], calls["rotary"]
         self._rms_norm, self._layer_norm = calls["rms_norm"], calls["layer_norm"]
-        self._log_sums = calls["log_sums"]
+        self._peaks = calls["peaks"]
         self._silu_mul, self._gelu_tanh_mul = calls["silu_mul"], calls["gelu_tanh_mul"]
         self._set_threads = calls["set_threads"]
         self.has_tiles = bool(calls["tiles"]())  # AMX
@@ -270,13 +270,16 @@ class NativeKernels:
         self._layer_norm(x.data_ptr(), scale, shift, y.data_ptr(), x.numel() // width, width, eps)
         return y
 
-    def log_sums(self, x: Tensor) -> Tensor:
-        """log(sum of e^x) of each row, [K] fp64; x [K, V] fp32 contiguous. NaN for a row that holds NaN or infinity."""
+    def peaks(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Where each row's first largest value stands, [K] int64, and log(sum of e^x), [K] fp64; x [K, V] fp32 contiguous.
+
+        The sum is NaN for a row that holds NaN or infinity.
+        """
         rows, width = x.shape
         check("x", x, _fp32, (rows, width))
-        y = torch.empty(rows, dtype=torch.float64)
-        self._log_sums(x.data_ptr(), y.data_ptr(), rows, width)
-        return y
+        best, sums = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.float64)
+        self._peaks(x.data_ptr(), best.data_ptr(), sums.data_ptr(), rows, width)
+        return best, sums
 
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         """silu(gate) * up, both [..., I]."""

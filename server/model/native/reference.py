@@ -98,9 +98,9 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-def log_sums(x: Tensor) -> Tensor:
-    """x [K, V] -> [K] fp64."""
-    return x.double().logsumexp(-1)
+def peaks(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [K, V] -> [K] int64, [K] fp64."""
+    return x.argmax(-1), x.double().logsumexp(-1)
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
