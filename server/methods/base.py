@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Final, Literal
 
 import torch
 from torch import Tensor
@@ -231,6 +231,10 @@ class Adapter:
         return next((part.head for part in self.parts if part.head is not None), None)
 
 
+#: A token that no step has: nothing in it is a prompt's.
+NO_PROMPT: Final = 1 << 62
+
+
 @dataclass
 class Rows:
     """Which tokens of a step go through one pool, and through which slot. Written by the runner, read by ops.
@@ -249,6 +253,7 @@ class Rows:
     taps: Mapping[str, Tensor]  # module name -> that module's input in this step, [T, in]; see Op.taps
     scratch: dict[object, object] = field(default_factory=dict)
     fixed: bool = False  # `slot` is read on the device alone, may change unseen and holds 0 for rows outside the pool
+    prompt: int = NO_PROMPT  # the step's first token that is a prompt's, as all behind it are
 
     def take(self, x: Tensor) -> Tensor:
         """The pool's rows of `x` [T, d]: [n, d], a view where the rows are consecutive."""

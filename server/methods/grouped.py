@@ -179,6 +179,7 @@ def _narrowed(rows: Rows, groups: Groups) -> Rows:
             groups=_runs([slot for slot, start, stop in groups for _ in range(start, stop)]),
             span=where if isinstance(where, slice) else None,
             taps=rows.taps,
+            prompt=rows.prompt,
         )
     return cast("Rows", kept)
 

@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 
 from ..engine.plan import Row
-from ..methods.base import Rows
+from ..methods.base import NO_PROMPT, Rows
 from .step import Step
 
 _Run = tuple[int, int, int]  # slot, first token, count
-_Key = tuple[tuple[tuple[tuple[str, int], ...], int, int], ...]  # of each row: slots, tokens, kept tokens
+_Key = tuple[tuple[tuple[tuple[str, int], ...], int, int, bool], ...]  # of each row: slots, tokens, kept tokens, of a prompt
 
 _KNOWN = 8  # compositions remembered
 _ADAPTED_KNOWN = 2  # of these, such as have adapters: ops may have gathered weights for them
@@ -85,7 +85,7 @@ class BatchBuilder:
     device: torch.device
 
     def __post_init__(self) -> None:
-        self._composition: list[tuple[Mapping[str, int], int, int]] = []  # of each row: slots, tokens, kept tokens
+        self._composition: list[tuple[Mapping[str, int], int, int, bool]] = []  # as in a key
         self._known: OrderedDict[_Key, _Known] = OrderedDict()  # the latest last
         self._tables = BlockTables()
         self._buffers: dict[str, NDArray[Any]] = {}
@@ -172,14 +172,17 @@ class BatchBuilder:
     def _fill_pools(self, rows: Sequence[Row], begins: Sequence[int], kept: Sequence[int]) -> None:
         """`kept[i]` is row i's first place in `keep`, `kept[i + 1]` the one after its last."""
         kept_counts = [last - first for first, last in pairwise(kept)]
-        composition = [(row.sequence.slots, row.count, count) for row, count in zip(rows, kept_counts, strict=True)]
+        composition = [
+            (row.sequence.slots, row.count, count, row.of_prompt) for row, count in zip(rows, kept_counts, strict=True)
+        ]
         if composition == self._composition:  # mappings that are the same object are not even looked into
             return
-        key = tuple((tuple(sorted(slots.items())), count, kept) for slots, count, kept in composition)
+        key = tuple((tuple(sorted(slots.items())), count, kept, prompt) for slots, count, kept, prompt in composition)
         known = self._known.pop(key, None)
         if known is None:
             counts = [row.count for row in rows]
-            known = _Known(self._pools(rows, begins, counts), self._pools(rows, kept[:-1], kept_counts))
+            pools = self._pools(rows, begins, counts, self.step.prompt)
+            known = _Known(pools, self._pools(rows, kept[:-1], kept_counts, NO_PROMPT))
         self._remember(key, known)
         self.step.rows, self.step.kept_rows, self.step.memo = known.rows, known.kept_rows, known.memo
         self._composition = composition
@@ -193,14 +196,14 @@ class BatchBuilder:
         while len(self._known) > _KNOWN:
             self._known.popitem(last=False)
 
-    def _pools(self, rows: Sequence[Row], begins: Sequence[int], counts: Sequence[int]) -> dict[str, Rows]:
+    def _pools(self, rows: Sequence[Row], begins: Sequence[int], counts: Sequence[int], prompt: int) -> dict[str, Rows]:
         runs: dict[str, list[_Run]] = {}
         for row, begin, count in zip(rows, begins, counts, strict=True):
             for pool, slot in row.sequence.slots.items() if count else ():
                 runs.setdefault(pool, []).append((slot, begin, count))
-        return {pool: self._rows(sorted(found)) for pool, found in runs.items()}
+        return {pool: self._rows(sorted(found), prompt) for pool, found in runs.items()}
 
-    def _rows(self, runs: list[_Run]) -> Rows:
+    def _rows(self, runs: list[_Run], prompt: int) -> Rows:
         index = np.concatenate([np.arange(begin, begin + count) for _, begin, count in runs])
         slot = np.repeat([s for s, _, _ in runs], [count for _, _, count in runs])
         first, n = int(index[0]), len(index)
@@ -211,6 +214,7 @@ class BatchBuilder:
             groups=_groups(runs),
             span=slice(first, first + n) if consecutive else None,
             taps=self.step.taps,
+            prompt=prompt,
         )
 
     def _put(self, array: NDArray[np.generic]) -> torch.Tensor:

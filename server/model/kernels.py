@@ -92,7 +92,7 @@ def native_kernels(native: NativeKernels) -> Kernels:
         )
 
     def lora(a: Tensor, b: Tensor, rows: Rows) -> Callable[[Tensor, Tensor], None]:
-        return native.lora_over(a, b, rows.index, rows.slot)
+        return native.lora_over(a, b, rows.index, rows.slot, rows.prompt)
 
     def linear(weight: Tensor, bias: Tensor | None) -> LinearMap:
         return native.packed_linear(weight if weight.dtype is torch.bfloat16 else weight.float(), bias)

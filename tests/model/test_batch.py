@@ -214,7 +214,7 @@ def test_a_composition_that_could_not_be_built_is_not_taken_for_the_last_one(mon
     batch = Composition()
     batch.rows(row(3, 1, {"a": 1}))
     with monkeypatch.context() as patched:
-        patched.setattr(batch.builder, "_rows", lambda runs: (_ for _ in ()).throw(MemoryError))
+        patched.setattr(batch.builder, "_rows", lambda runs, prompt: (_ for _ in ()).throw(MemoryError))
         with pytest.raises(MemoryError):
             batch.rows(row(3, 1, {"a": 2}))
     assert batch.rows(row(3, 1, {"a": 2}))["a"].slot.tolist() == [2]

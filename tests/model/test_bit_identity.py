@@ -91,6 +91,12 @@ def lora(t: Trained) -> Checkpoint:
     return Checkpoint("lora", {"scale": dict.fromkeys(sites, 0.7)}, sites)
 
 
+def lora_in_bf16(t: Trained) -> Checkpoint:
+    """Exact in bf16, so that a matrix unit may take part here too."""
+    sites = {n: {side: m.bfloat16() for side, m in t.low_rank(*shape, rank=20).items()} for n, shape in t.linears().items()}
+    return Checkpoint("lora", {"scale": dict.fromkeys(sites, 0.5)}, sites)
+
+
 def lora_with_bias(t: Trained) -> Checkpoint:
     sites = {n: {**t.low_rank(*shape, rank=3), "bias": t(shape[0])} for n, shape in t.linears().items()}
     return Checkpoint("lora", {"scale": dict.fromkeys(sites, 0.7)}, sites)
@@ -157,7 +163,7 @@ def classifier(t: Trained) -> Checkpoint:
 FAMILIES = {
     make.__name__: make
     for make in (
-        *(lora, lora_with_bias, lora_at_the_ends, dora, ia3, bitfit, norms, whole_modules, tokens),
+        *(lora, lora_in_bf16, lora_with_bias, lora_at_the_ends, dora, ia3, bitfit, norms, whole_modules, tokens),
         *(bottleneck, bottleneck_with_norms, prefix, soft_prompt),
     )
 }

@@ -553,7 +553,9 @@ def test_a_peak_is_an_id_even_where_nothing_is_finite(kernels: NativeKernels) ->
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("at", [0, 17, 36])
-def test_log_sums_of_peaks_show_what_is_not_finite_and_keep_every_other_rows_bits(kernels: NativeKernels, value: float, at: int) -> None:
+def test_log_sums_of_peaks_show_what_is_not_finite_and_keep_every_other_rows_bits(
+    kernels: NativeKernels, value: float, at: int
+) -> None:
     x = random(5, 37)
     clean, alone = kernels.peaks(x)[1], kernels.peaks(x[3:4])[1]
     x[1, at] = value

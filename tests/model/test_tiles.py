@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from server.model.native import NativeKernels, NativeUnavailable, open_library, reference
+from server.model.native import NativeKernels, NativeUnavailable, opcodes, open_library, reference
 from server.model.native.build import find_compiler
 from server.model.native.layouts import pack_tiles, unpack_tiles
 from server.model.native.prepared import Split
@@ -153,3 +153,128 @@ def test_tiles_are_used_only_once_somebody_says_so(kernels: NativeKernels) -> No
     kernels.tile(linear)
     assert not torch.equal(linear(x), plain(x))
     kernels.split.rows = -1
+
+
+# -- LoRA of prompts -------------------------------------------------------------------------------------------------
+
+
+class Pools:
+    """A [slots, rank, in] and B [slots, rank, out] in bf16, and rows that go through them: (first row, rows, slot)."""
+
+    def __init__(self, rank: int, width: int, out: int, runs: Sequence[tuple[int, int, int]], slots: int = 5) -> None:
+        self.a, self.b = random(slots, rank, width, seed=3).bfloat16(), random(slots, rank, out, seed=4).bfloat16()
+        ordered = sorted(runs, key=lambda run: run[2])  # by slot, as batches are
+        self.index = torch.cat([torch.arange(first, first + count) for first, count, _ in ordered])
+        self.slot = torch.cat([torch.full((count,), slot) for _, count, slot in ordered])
+
+    def added(self, kernels: NativeKernels, x: Tensor, y: Tensor, prompt: int = 0) -> Tensor:
+        """y and the adapters' products, with rows of a prompt from `prompt` on."""
+        got = y.clone()
+        kernels.lora(x, got, self.a, self.b, self.index, self.slot, prompt)
+        return got
+
+    def behind(self, kernels: NativeKernels, linear: Tiled, x: Tensor, prompt: int = 0) -> Tensor:
+        """The same behind a linear, both as instructions of one program."""
+        y = torch.full((len(x), self.b.shape[-1]), torch.nan)
+        run_behind(kernels, linear, x, y, [self], prompt)
+        return y
+
+
+def run_behind(kernels: NativeKernels, linear: Tiled, x: Tensor, y: Tensor, pools: Sequence[Pools], prompt: int = 0) -> None:
+    """A linear and what pools add to it, as the instructions of one program."""
+    runs = [kernels.lora_over(each.a, each.b, each.index, each.slot, prompt) for each in pools]
+    low = torch.empty(max(run.space for run in runs))
+    acts = [run.words(x.data_ptr(), y.data_ptr(), low.data_ptr()) for run in runs]
+    program = torch.zeros(1 + len(runs), opcodes.INSTRUCTION_WORDS, dtype=torch.int64)
+    for row, words in zip(program, [linear.tiled.words(x.data_ptr(), y.data_ptr()), *acts], strict=True):
+        row[: len(words)] = torch.tensor(words)
+    frame = torch.zeros(opcodes.FRAME_WORDS, dtype=torch.int64)
+    frame[10], frame[11] = len(x), prompt
+    kernels.layer(program, frame)
+
+
+@quick
+@given(
+    rank=st.integers(1, 70),
+    width=st.integers(1, 130),
+    out=st.integers(1, 140),
+    counts=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    gap=st.integers(0, 3),
+    prompt=st.integers(0, 50),
+)
+def test_lora_in_tiles_equals_torch(
+    kernels: NativeKernels, rank: int, width: int, out: int, counts: list[int], gap: int, prompt: int
+) -> None:
+    runs, at = [], gap
+    for slot, count in enumerate(counts):
+        runs.append((at, count, slot))
+        at += count + gap
+    x, y, pools = random(at, width), random(at, out, seed=1), Pools(rank, width, out, runs)
+    want = y.clone()
+    reference.lora(x, want, pools.a.float(), pools.b.float(), pools.index, pools.slot)
+    torch.testing.assert_close(pools.added(kernels, x, y, min(prompt, at)), want, rtol=1e-4, atol=1e-3)
+
+
+@quick
+@given(
+    rank=st.sampled_from([1, 8, 16, 24, 40]),
+    width=st.integers(1, 100),
+    out=st.sampled_from([16, 33, 64, 75, 96, 130]),
+    counts=st.lists(st.integers(1, 90), min_size=1, max_size=4),
+    gap=st.integers(0, 3),
+    prompt=st.integers(0, 50),
+    threads=st.integers(1, 3),
+)
+def test_behind_a_linear_lora_has_the_bits_that_it_has_alone(
+    kernels: NativeKernels, rank: int, width: int, out: int, counts: list[int], gap: int, prompt: int, threads: int
+) -> None:
+    runs, at = [], gap
+    for slot, count in enumerate(reversed(counts)):
+        runs.append((at, count, len(counts) - slot))
+        at += count + gap
+    x, prompt, pools = random(at, width), min(prompt, at), Pools(rank, width, out, runs)
+    linear = Tiled(kernels, matrix(out, width))
+    kernels.set_threads(threads)
+    together = pools.behind(kernels, linear, x, prompt)
+    assert torch.equal(together, pools.added(kernels, x, linear(x, prompt), prompt))
+    kernels.set_threads(1)
+    for first, count, slot in runs:
+        last = first + count - 1
+        if last >= prompt:  # alone, in a step of its own
+            alone = Pools(rank, width, out, [(0, 1, slot)]).behind(kernels, linear, x[last : last + 1])
+            assert torch.equal(together[last], alone[0])
+
+
+@pytest.mark.parametrize("side", ["a", "b"])
+@pytest.mark.parametrize("rows", [40, 90])
+def test_a_broken_adapter_reaches_no_other_row_of_its_tiles(kernels: NativeKernels, side: str, rows: int) -> None:
+    """Slots change in the middle of tiles, and some rows of them go through none."""
+    pools, linear, x = (
+        Pools(16, 33, 40, [(2, 9, 1), (11, 10, 2), (22, 15, 3)]),
+        Tiled(kernels, matrix(40, 33)),
+        random(rows, 33),
+    )
+    clean = pools.behind(kernels, linear, x)
+    getattr(pools, side)[2] = torch.nan
+    got = pools.behind(kernels, linear, x)
+    assert got[11:21].isnan().all()
+    others = [row for row in range(rows) if not 11 <= row < 21]
+    assert torch.equal(got[others], clean[others])
+    assert torch.equal(pools.added(kernels, x, linear(x))[others], clean[others])
+
+
+def test_lora_in_tiles_is_no_less_exact_than_fp32_arithmetic(kernels: NativeKernels) -> None:
+    pools, x, y = Pools(16, 576, 96, [(0, 200, 1)]), random(200, 576), torch.zeros(200, 96)
+    exact = x.double() @ pools.a[1].double().T @ pools.b[1].double()
+    vectors = pools.added(kernels, x, y, prompt=200)
+    assert (pools.added(kernels, x, y) - exact).abs().max() <= 1.5 * (vectors - exact).abs().max()
+
+
+def test_two_adapters_of_one_row_both_act(kernels: NativeKernels) -> None:
+    """Two pools behind one linear that share rows: the second is added to what the first left."""
+    linear, x = Tiled(kernels, matrix(40, 33)), random(50, 33)
+    pools = [Pools(16, 33, 40, [(0, 50, 1)]), Pools(8, 33, 40, [(10, 30, 2)])]
+    want = pools[1].added(kernels, x, pools[0].added(kernels, x, linear(x)))
+    y = torch.empty(50, 40)
+    run_behind(kernels, linear, x, y, pools)
+    assert torch.equal(y, want)

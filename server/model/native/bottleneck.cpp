@@ -111,9 +111,9 @@ ADAPTERD_EXPORT int adapterd_bottleneck(int activation, const float *x, float *y
     if (activation < 0 || activation >= ACTIVATION_COUNT) return 3;
     static thread_local Scratch scratch;
     float *low = scratch.floats(n * rank + 1);
-    std::shared_ptr<LoraGroups> groups = lora_groups(slot, n);
+    std::shared_ptr<LoraGroups> groups = lora_groups(index, slot, n, tokens);
     Bend between{activation, low_bias, out_bias};
     in_team(2 * n * rank * width > PARALLEL_WORK,
-            [&] { team_lora(false, x, y, down, up, index, *groups, n, width, width, rank, low, &between); });
+            [&] { team_lora(false, x, y, down, up, index, *groups, width, width, rank, low, &between); });
     return 0;
 }

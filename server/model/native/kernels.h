@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "simd.h"
+#include "tiles.h"
 
 namespace adapterd {
 
@@ -21,22 +22,32 @@ void rotate(float *x, const float *cos, const float *sin, index_t half);
 // How a packed linear's weights are stored.
 enum Form { FP32, BF16, INT8, TILES };
 // TILES: rows from `prompt` on go through the matrix unit, those before it as all rows of other forms do; `space` is the
-// team's own, tiles_space(k) halves of a word on a 64-byte border.
+// team's own, tiles_space(k) halves of a word on a 64-byte border, and `adapted` (or null) what adapters add to prompts' rows.
 void team_linear(int form, const float *x, const void *panels, const float *bias, float *y, index_t m, index_t n,
-                 index_t k, index_t prompt, std::uint16_t *space);
+                 index_t k, index_t prompt, std::uint16_t *space, const std::vector<AdaptedRows> *adapted = nullptr);
 index_t tiles_space(index_t k);
+bool tiles_usable();
 void team_tiles(const float *x, const void *panels, const float *bias, float *y, index_t m, index_t n, index_t k,
-                std::uint16_t *pieces);
+                index_t prompt, std::uint16_t *space, const std::vector<AdaptedRows> *adapted);
 // Few rows of a prompt behind `prompt` others: each panel serves those first, which leaves it in the cache for the tiles.
 bool few_for_tiles(index_t rows);
 void team_both(const float *x, const void *panels, const float *bias, float *y, index_t m, index_t n, index_t k,
-               index_t prompt, std::uint16_t *pieces);
+               index_t prompt, std::uint16_t *space, const std::vector<AdaptedRows> *adapted);
 // Panel p of TILES for the rows of x, with vectors.
 void tiled_panel(const float *x, const void *panels, const float *bias, float *y, index_t m, index_t n, index_t k, index_t p);
 
-// y[index[i]] += B[slot[i]] (A[slot[i]] x[index[i]]) for rows whose slots are cut into groups beforehand.
+// y[index[i]] += B[slot[i]] (A[slot[i]] x[index[i]]) for rows whose slots are cut into groups beforehand; those from `prompt`
+// on are left out.
 struct LoraGroups;
-std::shared_ptr<LoraGroups> lora_groups(const std::int64_t *slot, index_t n);
+std::shared_ptr<LoraGroups> lora_groups(const std::int64_t *index, const std::int64_t *slot, index_t n, index_t prompt);
+index_t rows_of(const LoraGroups &groups);
+// The rows from `prompt` on, as far as they go through bf16 pools A [slots, rank, in] and B [slots, rank, out] in tiles.
+struct LoraPools {
+    const std::uint16_t *a, *b;
+    const std::int64_t *index, *slot;
+    index_t n, in, out, rank;
+};
+std::vector<AdaptedRows> adapted_rows(const LoraPools &pools, index_t prompt);
 // What a bottleneck does to low = A x between the products, and behind the second one: see bottleneck.cpp.
 struct Bend {
     int activation;
@@ -46,8 +57,7 @@ struct Bend {
 void bend(const Bend &b, float *low, index_t rows, index_t rank, index_t slot);
 // `low` [n, rank] is the team's own space.
 void team_lora(bool bf16, const float *x, float *y, const void *a, const void *b, const std::int64_t *index,
-               const LoraGroups &groups, index_t n, index_t in, index_t out, index_t rank, float *low,
-               const Bend *between = nullptr);
+               const LoraGroups &groups, index_t in, index_t out, index_t rank, float *low, const Bend *between = nullptr);
 
 void team_rms_norm(const float *x, const float *weight, float *y, index_t rows, index_t width, float eps);
 void team_silu_mul(const float *gate, const float *up, float *y, index_t rows, index_t width);

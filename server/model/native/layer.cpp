@@ -62,6 +62,7 @@ AttentionCall attention_call(const Instruction &i) {
 // What must be known before the team starts, one entry per instruction.
 struct Ready {
     std::shared_ptr<LoraGroups> groups;
+    std::vector<AdaptedRows> adapted;  // rows of prompts: a LoRA's own, and of a linear those of the LoRA behind it
     std::shared_ptr<AttentionPlan> plan;
     index_t space = 0;
 };
@@ -78,11 +79,15 @@ int prepare(const Instruction &i, Ready &ready) {
     if (i.kind() == LINEAR && i[0] == TILES) ready.space = tiles_space(i[6]);
     if (i.kind() == LORA) {
         if (int rule = rows_rule(i, 5)) return rule;
-        ready.groups = lora_groups(at<std::int64_t>(i[6]), i[7]);
+        std::int64_t prompt = i[0] && tiles_usable() ? i[13] : i.frame->tokens;
+        auto *index = at<std::int64_t>(i[5]), *slot = at<std::int64_t>(i[6]);
+        ready.groups = lora_groups(index, slot, i[7], prompt);
+        if (prompt < i.frame->tokens)
+            ready.adapted = adapted_rows({at<std::uint16_t>(i[3]), at<std::uint16_t>(i[4]), index, slot, i[7], i[9], i[10], i[11]}, prompt);
     }
     if (i.kind() == BOTTLENECK) {
         if (int rule = rows_rule(i, 6)) return rule;
-        ready.groups = lora_groups(at<std::int64_t>(i[7]), i[8]);
+        ready.groups = lora_groups(at<std::int64_t>(i[6]), at<std::int64_t>(i[7]), i[8], i.frame->tokens);
     }
     if (i.kind() == ADD_ROWS || i.kind() == MUL_ROWS) return rows_rule(i, 2);
     if (i.kind() == WRITE && !all_within(at<std::int64_t>(i.frame->write), i.frame->tokens, i[5] * i[6])) return 1000 * WRITE + 1;
@@ -94,11 +99,37 @@ int prepare(const Instruction &i, Ready &ready) {
     return 0;
 }
 
+bool disjoint(const std::vector<AdaptedRows> &some, const std::vector<AdaptedRows> &others) {
+    for (const AdaptedRows &a : some)
+        for (const AdaptedRows &b : others)
+            if (a.from < b.to && b.from < a.to) return false;
+    return true;
+}
+
+// Hands the prompts' rows of LoRA instructions to the linear right before them, which has their x in pieces and their y in
+// registers. The sums are the same; with a bias in between they would not be.
+void hand_over(const Instruction &lora, Ready &own, const Instruction &linear, Ready &linears) {
+    bool same = lora[1] == linear[1] && lora[2] == linear[4] && lora[13] == lora.frame->prompt;
+    if (!same || linear[0] != TILES || linear[3] || !disjoint(own.adapted, linears.adapted)) return;
+    linears.adapted.insert(linears.adapted.end(), own.adapted.begin(), own.adapted.end());
+    std::sort(linears.adapted.begin(), linears.adapted.end(), [](const auto &a, const auto &b) { return a.from < b.from; });
+    own.adapted.clear();
+}
+
+// A LoRA's rows, but for those that the linear before it has done.
+void lora(const Instruction &i, const Ready &ready) {
+    auto *index = at<std::int64_t>(i[5]);
+    if (rows_of(*ready.groups))
+        team_lora(i[0] != 0, i.rows(1), i.rows(2), at<void>(i[3]), at<void>(i[4]), index, *ready.groups, i[9], i[10], i[11],
+                  at<float>(i[12]));
+    if (!ready.adapted.empty()) team_lora_tiles(ready.adapted, i.rows(1), i.rows(2), i[9], i[10]);
+}
+
 // A bottleneck whose input is the output it adds to.
 void bottleneck(const Instruction &i, const LoraGroups &groups) {
     Bend between{static_cast<int>(i[0]), at<float>(i[3]), at<float>(i[5])};
-    team_lora(false, i.rows(1), i.rows(1), at<void>(i[2]), at<void>(i[4]), at<std::int64_t>(i[6]), groups, i[8], i[10], i[10],
-              i[11], at<float>(i[12]), &between);
+    team_lora(false, i.rows(1), i.rows(1), at<void>(i[2]), at<void>(i[4]), at<std::int64_t>(i[6]), groups, i[10], i[10], i[11],
+              at<float>(i[12]), &between);
 }
 
 void run(const Instruction &i, const Ready &ready, std::uint16_t *space) {
@@ -107,10 +138,8 @@ void run(const Instruction &i, const Ready &ready, std::uint16_t *space) {
         case NORM: return team_rms_norm(i.rows(0), at<float>(i[2]), i.rows(1), tokens, i[3], number(i[4]));
         case LINEAR:
             return team_linear(static_cast<int>(i[0]), i.rows(1), at<void>(i[2]), at<float>(i[3]), i.rows(4), tokens, i[5], i[6],
-                               i.frame->prompt, space);
-        case LORA:
-            return team_lora(i[0] != 0, i.rows(1), i.rows(2), at<void>(i[3]), at<void>(i[4]), at<std::int64_t>(i[5]),
-                             *ready.groups, i[7], i[9], i[10], i[11], at<float>(i[12]));
+                               i.frame->prompt, space, ready.adapted.empty() ? nullptr : &ready.adapted);
+        case LORA: return lora(i, ready);
         case WRITE: return team_write(new_keys(i));
         case ATTEND: return team_attention(attention_call(i), *ready.plan);
         case ADD: return team_add(i.rows(0), i.rows(1), tokens, i[2]);
@@ -134,12 +163,16 @@ ADAPTERD_EXPORT int adapterd_layer(const std::int64_t *program, std::int64_t cou
     Frame frame;
     std::memcpy(&frame, frame_words, sizeof frame);
     std::vector<Ready> ready(count);
-    index_t space = 0;
+    index_t space = 0, linear = -1;
     for (index_t i = 0; i < count; i++) {
         Instruction instruction{program + i * WORDS, &frame};
         if (instruction.kind() < NORM || instruction.kind() > BOTTLENECK) return -1;
         if (int rule = prepare(instruction, ready[i])) return rule;
         space = std::max(space, ready[i].space);
+        if (instruction.kind() != LORA)
+            linear = instruction.kind() == LINEAR ? i : -1;
+        else if (linear >= 0 && !ready[i].adapted.empty())
+            hand_over(instruction, ready[i], Instruction{program + linear * WORDS, &frame}, ready[linear]);
     }
     static thread_local Scratch scratch;
     auto *halves = scratch.of<std::uint16_t>(space);

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...methods.base import NO_PROMPT
 from .arguments import ATTENTION_RULES, LORA_RULES, WRITE_RULES, check, check_caches, check_strided
 from .int8 import Int8Weight
 from .layouts import Place
@@ -29,7 +30,7 @@ _L = _LONG
 #: Run without the GIL, as torch's own operators do: other threads answer clients meanwhile.
 _LONG_CALLS: dict[str, tuple[Any, ...]] = {
     "linear": (_INT, _P, _P, _P, _P, _L, _L, _L, _L),
-    "lora": (_INT, _P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _L),
+    "lora": (_INT, _P, _P, _P, _P, _P, _P, *[_L] * 7),
     "bottleneck": (_INT, *[_P] * 8, *[_L] * 5),
     "attention": (_P, _L, _L, _P, _P, _L, _L, _L, _L, _P, _L, _P, _P, _L, _L, _L, _FLOAT, _L, _FLOAT, _P),
     "layer": (_P, _L, _P),
@@ -98,17 +99,18 @@ class NativeKernels:
         """Have it use the matrix unit for rows of prompts, if it was packed for that; see `PackedLinear.tile`."""
         linear.tile(self.split)
 
-    def lora(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, index: Tensor, slot: Tensor) -> None:
+    def lora(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, index: Tensor, slot: Tensor, prompt: int = NO_PROMPT) -> None:
         """y[index[i]] += (x[index[i]] @ a[slot[i]].T) @ b[slot[i]], in place, on these rows only.
 
         x [T, in], y [T, out] fp32; a [S, r, in], b [S, r, out] (B transposed) both fp32 or both bf16; index (without
-        duplicates) and slot [n] int64. Rows of one slot should stand next to each other: they share its reads.
+        duplicates) and slot [n] int64. Rows of one slot should stand next to each other: they share its reads. Rows from
+        `prompt` on are a prompt's: through bf16 pools they use the matrix unit, if there is one.
         """
-        self.lora_over(a, b, index, slot)(x, y)
+        self.lora_over(a, b, index, slot, prompt)(x, y)
 
-    def lora_over(self, a: Tensor, b: Tensor, index: Tensor, slot: Tensor) -> LoraRun:
+    def lora_over(self, a: Tensor, b: Tensor, index: Tensor, slot: Tensor, prompt: int = NO_PROMPT) -> LoraRun:
         """`lora` with all but x and y given: what a step calls again and again is checked once."""
-        return LoraRun(self._lora, a, b, index, slot)
+        return LoraRun(self._lora, a, b, index, slot, prompt)
 
     def bottleneck(self, x: Tensor, y: Tensor, activation: str, weights: Sequence[Tensor], index: Tensor, slot: Tensor) -> None:
         """y[i] += act(x[i] @ down[s].T + down_bias[s]) @ up[s] + up_bias[s] for i of index and s its slot, in place.

@@ -100,11 +100,11 @@ void tiled_panel(const float *x, const void *panels, const float *bias, float *y
 }
 
 void team_linear(int form, const float *x, const void *panels, const float *bias, float *y, index_t m, index_t n,
-                 index_t k, index_t prompt, std::uint16_t *space) {
+                 index_t k, index_t prompt, std::uint16_t *space, const std::vector<AdaptedRows> *adapted) {
     index_t before = form == TILES && prompt < m ? prompt : m;
-    if (before && before < m && few_for_tiles(m - before)) return team_both(x, panels, bias, y, m, n, k, before, space);
+    if (before && before < m && few_for_tiles(m - before)) return team_both(x, panels, bias, y, m, n, k, before, space, adapted);
     if (before) team_panels({x, panels, bias, y, before, n, k}, form);
-    if (before < m) team_tiles(x + before * k, panels, bias, y + before * n, m - before, n, k, space);
+    if (before < m) team_tiles(x, panels, bias, y, m, n, k, before, space, adapted);
 }
 
 }  // namespace adapterd

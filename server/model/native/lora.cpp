@@ -4,7 +4,8 @@
 //   A [slots, r, in], B [slots, r, out] (B is stored transposed, so both products read memory front to back)
 //
 // Rows of one slot that stand next to each other are taken four at a time, so that a prefill reads an adapter once per
-// four rows; a decode step over distinct adapters is bound by reading A and B.
+// four rows; a decode step over distinct adapters is bound by reading A and B. Rows of prompts through bf16 pools are left to
+// lora_tiles.cpp where the processor has tiles.
 #include <vector>
 
 #include "kernels.h"
@@ -28,6 +29,7 @@ struct Group {  // `count` rows of one slot, starting at row `from` of index and
 
 struct LoraGroups {
     std::vector<Group> groups;
+    index_t rows = 0;
 };
 
 namespace {
@@ -44,15 +46,20 @@ struct Call {
     Stream *stream;       // what this thread reads of the pools
 };
 
-std::vector<Group> groups_of(const std::int64_t *slot, index_t n) {
-    std::vector<Group> groups;
+// Positions of `index` below `prompt`, by slots and neighbours.
+LoraGroups groups_of(const std::int64_t *index, const std::int64_t *slot, index_t n, index_t prompt) {
+    LoraGroups found;
+    std::vector<Group> &groups = found.groups;
     for (index_t i = 0; i < n; i++) {
-        if (!groups.empty() && groups.back().slot == slot[i] && groups.back().count < GROUP)
+        if (index[i] >= prompt) continue;
+        found.rows++;
+        if (!groups.empty() && groups.back().slot == slot[i] && groups.back().count < GROUP &&
+            groups.back().from + groups.back().count == i)
             groups.back().count++;
         else
             groups.push_back({i, slot[i], 1});
     }
-    return groups;
+    return found;
 }
 
 // low[r][j] = sum over i of a[j][i] * x[r][i]: lanes along i, one accumulator each, then a fixed tree and the tail.
@@ -164,13 +171,14 @@ void run_decodes(const Call<T> &c, const std::vector<Group> &groups, Range mine)
 }
 
 template <typename T>
-void run(Call<T> c, const std::vector<Group> &groups) {
+void run(Call<T> c, const LoraGroups &found) {
+    const std::vector<Group> &groups = found.groups;
     static thread_local Stream stream;
     stream.clear();
     c.stream = &stream;
     index_t count = static_cast<index_t>(groups.size()), strips = (c.out + STRIP - 1) / STRIP;
     if (count >= 2 * threads) {  // whole groups per thread, so that no thread waits for the others half-way
-        if (groups.back().from + groups.back().count < 2 * count) {
+        if (found.rows < 2 * count) {
             run_decodes(c, groups, member.share(count));
             return member.meet();
         }
@@ -195,34 +203,55 @@ Call<T> pools(const float *x, float *y, const void *a, const void *b, const std:
 
 }  // namespace
 
-std::shared_ptr<LoraGroups> lora_groups(const std::int64_t *slot, index_t n) {
-    return std::make_shared<LoraGroups>(LoraGroups{groups_of(slot, n)});
+std::shared_ptr<LoraGroups> lora_groups(const std::int64_t *index, const std::int64_t *slot, index_t n, index_t prompt) {
+    return std::make_shared<LoraGroups>(groups_of(index, slot, n, prompt));
+}
+
+index_t rows_of(const LoraGroups &groups) { return groups.rows; }
+
+std::vector<AdaptedRows> adapted_rows(const LoraPools &pools, index_t prompt) {
+    std::vector<AdaptedRows> runs;
+    for (index_t i = 0; i < pools.n; i++) {
+        index_t row = pools.index[i];
+        const std::uint16_t *a = pools.a + pools.slot[i] * pools.rank * pools.in;
+        if (row < prompt) continue;
+        if (!runs.empty() && runs.back().to == row && runs.back().a == a)
+            runs.back().to++;
+        else
+            runs.push_back({row, row + 1, a, pools.b + pools.slot[i] * pools.rank * pools.out, pools.rank});
+    }
+    return runs;
 }
 
 void team_lora(bool bf16, const float *x, float *y, const void *a, const void *b, const std::int64_t *index,
-               const LoraGroups &groups, index_t n, index_t in, index_t out, index_t rank, float *low,
-               const Bend *between) {
+               const LoraGroups &groups, index_t in, index_t out, index_t rank, float *low, const Bend *between) {
     if (bf16)
-        run(pools<std::uint16_t>(x, y, a, b, index, in, out, rank, low, between), groups.groups);
+        run(pools<std::uint16_t>(x, y, a, b, index, in, out, rank, low, between), groups);
     else
-        run(pools<float>(x, y, a, b, index, in, out, rank, low, between), groups.groups);
+        run(pools<float>(x, y, a, b, index, in, out, rank, low, between), groups);
 }
 
 }  // namespace adapterd
 
-// x [tokens, in], y [tokens, out], pools as above (bf16 != 0: bf16 bits), index and slot [n]; index has no duplicates.
+// x [tokens, in], y [tokens, out], pools as above (bf16 != 0: bf16 bits), index and slot [n]; index has no duplicates. Rows from
+// `prompt` on go through the matrix unit, if there is one and the pools are bf16.
 // Returns 0, or 1 when an index and 2 when a slot is out of range (y is untouched then).
 ADAPTERD_EXPORT int adapterd_lora(int bf16, const float *x, float *y, const void *a, const void *b,
                                   const std::int64_t *index, const std::int64_t *slot, std::int64_t n,
                                   std::int64_t tokens, std::int64_t slots, std::int64_t in, std::int64_t out,
-                                  std::int64_t rank) {
+                                  std::int64_t rank, std::int64_t prompt) {
     using namespace adapterd;
     if (!all_within(index, n, tokens)) return 1;
     if (!all_within(slot, n, slots)) return 2;
     static thread_local Scratch scratch;
     float *low = scratch.floats(n * rank + 1);
-    LoraGroups groups{groups_of(slot, n)};
-    in_team(n * rank * (in + out) > PARALLEL_WORK,
-            [&] { team_lora(bf16 != 0, x, y, a, b, index, groups, n, in, out, rank, low); });
+    if (!bf16 || !tiles_usable()) prompt = tokens;
+    LoraGroups groups = groups_of(index, slot, n, prompt);
+    LoraPools pools{static_cast<const std::uint16_t *>(a), static_cast<const std::uint16_t *>(b), index, slot, n, in, out, rank};
+    std::vector<AdaptedRows> prompts = prompt < tokens ? adapted_rows(pools, prompt) : std::vector<AdaptedRows>{};
+    in_team(n * rank * (in + out) > PARALLEL_WORK, [&] {
+        if (groups.rows) team_lora(bf16 != 0, x, y, a, b, index, groups, in, out, rank, low);
+        if (!prompts.empty()) team_lora_tiles(prompts, x, y, in, out);
+    });
     return 0;
 }

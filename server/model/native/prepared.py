@@ -105,9 +105,9 @@ class PackedLinear:
 class LoraRun:
     """`NativeKernels.lora` with all but x and y given. Invariant: the pools, index and slot live as long as this does."""
 
-    __slots__ = ("_at", "_call", "_held", "is_bf16", "rank", "slots", "tokens", "widths")
+    __slots__ = ("_at", "_call", "_held", "is_bf16", "prompt", "rank", "slots", "tokens", "widths")
 
-    def __init__(self, call: Callable[..., int], a: Tensor, b: Tensor, index: Tensor, slot: Tensor) -> None:
+    def __init__(self, call: Callable[..., int], a: Tensor, b: Tensor, index: Tensor, slot: Tensor, prompt: int) -> None:
         self.slots, self.rank, out = b.shape
         self.widths, self.tokens = (a.shape[-1], out), index.numel()
         self.is_bf16 = a.dtype is torch.bfloat16
@@ -115,6 +115,7 @@ class LoraRun:
         check("b", b, a.dtype, (self.slots, self.rank, out))
         check("index", index, torch.int64, (self.tokens,))
         check("slot", slot, torch.int64, (self.tokens,))
+        self.prompt = prompt
         self._call, self._held = call, (a, b, index, slot)
         self._at = tuple(tensor.data_ptr() for tensor in self._held)
 
@@ -126,9 +127,8 @@ class LoraRun:
         if not (fits and y.is_contiguous()):
             check("x", x, _fp32, (tokens, width))
             check("y", y, _fp32, (tokens, out))
-        broken = self._call(
-            self.is_bf16, x.data_ptr(), y.data_ptr(), *self._at, self.tokens, tokens, self.slots, width, out, self.rank
-        )
+        sizes = (self.tokens, tokens, self.slots, width, out, self.rank, self.prompt)
+        broken = self._call(self.is_bf16, x.data_ptr(), y.data_ptr(), *self._at, *sizes)
         if broken:
             raise ValueError(LORA_RULES[broken])
 
@@ -140,7 +140,7 @@ class LoraRun:
     def words(self, x: int, y: int, low: int) -> tuple[int, ...]:
         """As an instruction of a layer; addresses of x, y and of its space."""
         width, out = self.widths
-        return (LORA, int(self.is_bf16), x, y, *self._at, self.tokens, self.slots, width, out, self.rank, low)
+        return (LORA, int(self.is_bf16), x, y, *self._at, self.tokens, self.slots, width, out, self.rank, low, self.prompt)
 
 
 class BottleneckRun:
