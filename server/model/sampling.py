@@ -47,8 +47,8 @@ def sample(logits: Tensor, rows: Sequence[SampleRow], find_peaks: FindPeaks = to
     """logits [K, V] of the rows' last positions -> one token each, None where the logits are not finite."""
     logits = logits.float().contiguous()
     largest, log_sums = find_peaks(logits)
-    scores = _penalised(logits, rows)
-    chosen = _choose(scores, rows, largest if scores is logits else None)
+    penalised = _penalised(logits, rows)
+    chosen = _choose(penalised, rows, largest if penalised is logits else None)
     # A NaN anywhere in a row makes all of its logprobs NaN; +inf does too. One look at the chosen score suffices.
     sums = log_sums[:, None]
     picked = _logprobs(logits.gather(1, chosen[:, None]), sums)[:, 0]
