@@ -20,7 +20,8 @@ from .runner import Runner
 SHARE: Final = 0.88
 
 DECODES: Final = 8  # rows of the step that is measured
-LEAST: Final = 16  # prompt tokens beside streams, on however slow a machine
+#: Prompt tokens beside streams, at least and in multiples: a matrix unit multiplies 16 rows in the time of one.
+GRAIN: Final = 16
 _FIRST = 64  # tokens of the first chunk tried
 _CONTEXT = 128  # positions that a decode sees
 _REPEATS = 3
@@ -30,18 +31,20 @@ def tokens_beside_streams(runner: Runner, most: int) -> int:
     """Prompt tokens that lengthen a step of `DECODES` decodes by `SHARE`; at most `most`, which fit cache and context."""
     decodes = [_decode(runner, min(_CONTEXT, most)) for _ in range(DECODES)]
     _seconds(runner, decodes)  # the first step of a kind is not like those that follow
-    alone = min(_seconds(runner, decodes) for _ in range(_REPEATS))
     tokens = min(_FIRST, most)
     for _ in range(2):  # the second time near the answer: a token costs more or less in chunks of another size
-        added = min(_seconds(runner, [*decodes, _chunk(runner, tokens)]) for _ in range(_REPEATS)) - alone
-        tokens = chunk_for(alone, max(added, 0.0) / tokens, most)
+        # In turns: a neighbour that comes or goes meanwhile would otherwise make the one look slower than the other.
+        turns = [(_seconds(runner, decodes), _seconds(runner, [*decodes, _chunk(runner, tokens)])) for _ in range(_REPEATS)]
+        alone, together = map(min, zip(*turns, strict=True))
+        tokens = chunk_for(alone, max(together - alone, 0.0) / tokens, most)
     return tokens
 
 
 def chunk_for(step_seconds: float, token_seconds: float, most: int) -> int:
-    """Tokens of `token_seconds` each that add `SHARE` of `step_seconds`, as far as `LEAST` and `most` let them."""
-    fits = most if token_seconds * most <= SHARE * step_seconds else int(SHARE * step_seconds / token_seconds)
-    return min(most, max(LEAST, fits))
+    """Tokens of `token_seconds` each that add about `SHARE` of `step_seconds`, in grains, as far as `most` lets them."""
+    if token_seconds * most <= SHARE * step_seconds:
+        return most
+    return min(most, GRAIN * max(1, round(SHARE * step_seconds / token_seconds / GRAIN)))
 
 
 def _seconds(runner: Runner, rows: Sequence[Row]) -> float:

@@ -13,7 +13,7 @@ from server.methods import build_methods
 from server.model import pace
 from server.model.kernels import Kernels
 from server.model.loader import make_base
-from server.model.pace import DECODES, LEAST, SHARE, chunk_for, tokens_beside_streams
+from server.model.pace import DECODES, GRAIN, SHARE, chunk_for, tokens_beside_streams
 from server.model.runner import CacheShape, Runner
 from tests.lab import BASE
 from tests.tiny import tiny_model
@@ -25,8 +25,9 @@ def new_runner(blocks: int = 64) -> Runner:
 
 
 def test_the_chunk_adds_its_share_of_a_step() -> None:
-    assert chunk_for(0.040, 0.001, 512) == int(SHARE * 40)
-    assert chunk_for(0.040, 0.010, 512) == LEAST
+    assert chunk_for(0.040, 0.0001, 512) == pytest.approx(SHARE * 400, abs=GRAIN / 2)
+    assert chunk_for(0.040, 0.001, 512) == 2 * GRAIN
+    assert chunk_for(0.040, 0.010, 512) == GRAIN
     assert chunk_for(0.040, 0.001, 20) == 20
     assert chunk_for(0.040, 0.0, 512) == 512
     assert chunk_for(0.040, 0.010, 8) == 8
@@ -48,7 +49,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
 
 def test_the_chunk_is_found_from_steps_of_its_own_size(timed: list[list[int]]) -> None:
-    first = int(SHARE * 20)
+    first = chunk_for(0.040, 0.002, 200)
     assert tokens_beside_streams(new_runner(), 200) == chunk_for(0.040, 0.003, 200)
     sizes = {sum(counts) - DECODES for counts in timed}
     assert sizes == {0, 64, first}
@@ -63,4 +64,4 @@ def test_measuring_needs_no_more_cache_than_a_full_step(timed: list[list[int]]) 
 
 
 def test_a_real_machine_gives_a_chunk_within_the_limits() -> None:
-    assert LEAST <= tokens_beside_streams(new_runner(), 100) <= 100
+    assert GRAIN <= tokens_beside_streams(new_runner(), 100) <= 100
