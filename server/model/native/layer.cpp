@@ -82,8 +82,8 @@ int prepare(const Instruction &i, Ready &ready) {
         std::int64_t prompt = i[0] && tiles_usable() ? i[13] : i.frame->tokens;
         auto *index = at<std::int64_t>(i[5]), *slot = at<std::int64_t>(i[6]);
         ready.groups = lora_groups(index, slot, i[7], prompt);
-        if (prompt < i.frame->tokens)
-            ready.adapted = adapted_rows({at<std::uint16_t>(i[3]), at<std::uint16_t>(i[4]), index, slot, i[7], i[9], i[10], i[11]}, prompt);
+        LoraPools pools{at<std::uint16_t>(i[3]), at<std::uint16_t>(i[4]), index, slot, i[7], i[9], i[10], i[11]};
+        if (prompt < i.frame->tokens) ready.adapted = adapted_rows(pools, prompt);
     }
     if (i.kind() == BOTTLENECK) {
         if (int rule = rows_rule(i, 6)) return rule;

@@ -22,10 +22,10 @@ namespace adapterd {
 #ifdef ADAPTERD_TILES
 namespace {
 
-constexpr index_t BLOCK_BYTES = 9 << 17;         // of the second-level cache: a block's pieces, and the panels that pass
-constexpr index_t FEW = 64;                      // rows up to which a second thread's cutting of the same rows is cheap
-constexpr index_t LINE = 64;                     // bytes the cache takes at once
-constexpr index_t FIRST_LINES = 256;             // of a thread's first panel, asked for before anything else
+constexpr index_t BLOCK_BYTES = 9 << 17;  // of the second-level cache: a block's pieces, and the panels that pass
+constexpr index_t FEW = 64;               // rows up to which a second thread's cutting of the same rows is cheap
+constexpr index_t LINE = 64;              // bytes the cache takes at once
+constexpr index_t FIRST_LINES = 256;      // of a thread's first panel, asked for before anything else
 
 struct Call {
     const float *x;
@@ -90,8 +90,8 @@ struct Place {
     const Call &c;
     index_t row, column, rows, width;
 
-    Place(const Call &call, index_t row_, index_t p)
-        : c(call), row(row_), column(p * PANEL), rows(std::min<index_t>(c.m - row, SIDE)), width(std::min(c.n - column, wide)) {}
+    Place(const Call &call, index_t first, index_t p)
+        : c(call), row(first), column(p * PANEL), rows(std::min<index_t>(c.m - row, SIDE)), width(std::min(c.n - column, wide)) {}
 
     float *out() const { return c.y + row * c.n + column; }
     // What hangs over the edges of y goes through a buffer.
@@ -212,7 +212,8 @@ void by_rows(const Call &c, bf16 *pieces) {
 
 bool tiles_usable() {
     constexpr int request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
-    return syscall(SYS_arch_prctl, request, tile_data) == 0;
+    static const bool usable = syscall(SYS_arch_prctl, request, tile_data) == 0;  // for the whole process
+    return usable;
 }
 
 index_t tiles_space(index_t k) { return threads * own_space(steps_of(k)); }
