@@ -39,8 +39,9 @@ class SampleRow:
 
 def torch_peaks(logits: Tensor) -> tuple[Tensor, Tensor]:
     """What `FindPeaks` says, on any device."""
-    most = logits.amax(-1)
-    return _argmax(logits), (logits - most[:, None]).exp_().sum(-1).double().log() + most
+    best = _argmax(logits)
+    most = logits.gather(1, best[:, None])
+    return best, (logits - most).exp_().sum(-1).double().log() + most[:, 0]
 
 
 def sample(logits: Tensor, rows: Sequence[SampleRow], find_peaks: FindPeaks = torch_peaks) -> list[Token | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -166,6 +167,22 @@ def test_a_kernel_never_sees_a_slot_that_the_module_does_not_hold():
     for slots in ([7, 1, 1], [7, 7], [0, 1]):
         op.after(torch.randn(len(slots), 6), torch.randn(len(slots), 5), rows_of(slots))
     assert seen == [([1, 2], ((1, 0, 2),)), ([1], ((1, 0, 1),))]
+
+
+def test_a_modules_own_rows_know_where_prompts_begin():
+    """Which kernel a row is for must not depend on who else is in the step."""
+    seen = []
+
+    def kernel(a, b, rows):
+        seen.append(rows.prompt)
+        return lambda x, y: None
+
+    op = LoraOp(8, 6, 5, CPU, torch.float32, kernel)
+    op.grow(2)
+    op.put(1, {"A": torch.randn(2, 6), "B": torch.randn(5, 2)})
+    for slots in ([1, 1, 1], [7, 1, 1]):
+        op.after(torch.randn(3, 6), torch.randn(3, 5), replace(rows_of(slots), prompt=2))
+    assert seen == [2, 2]
 
 
 def test_a_slot_that_was_cleared_or_reused_keeps_nothing_of_its_last_adapter():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from server.engine.plan import Row
 from server.engine.plan import Sequence as Seq
-from server.methods.base import Rows
+from server.methods.base import NO_PROMPT, Rows
 from server.model.batch import BatchBuilder, BlockTables, order_rows
 from server.model.step import Step
 
@@ -153,6 +153,17 @@ def test_another_composition_gets_new_rows(other: list[Row]) -> None:
     batch = Composition()
     before = batch.rows(row(3, 1, {"a": 1}), row(8, 1, {"a": 2}))["a"]
     assert batch.rows(*other)["a"] is not before
+
+
+def test_rows_know_where_prompts_begin_and_a_last_token_of_one_is_no_generated_token() -> None:
+    batch, slots = Composition(), {"a": 1}
+    generated, given = row(3, 1, slots), row(3, 1, slots)
+    generated.sequence.prompt_end = 3
+    assert batch.rows(generated)["a"].prompt == 1  # behind the step's last token
+    assert batch.rows(given)["a"].prompt == 0
+    assert batch.rows(*order_rows([given, row(0, 5, {"a": 2}), generated]))["a"].prompt == 1
+    assert batch.rows(generated)["a"].prompt == 1
+    assert batch.step.kept_rows["a"].prompt == NO_PROMPT
 
 
 def test_a_composition_that_comes_back_has_its_rows_and_memo_again() -> None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from adapters_store.digest import Digest
 from server.methods import METHODS
-from server.methods.base import Adapter, BaseShape, Checkpoint, Limits, Part
+from server.methods.base import NO_PROMPT, Adapter, BaseShape, Checkpoint, Limits, Part
 from server.model.kernels import Kernels, choose_kernels
 from server.model.loader import make_base
 from server.model.native import NativeKernels
@@ -312,6 +312,17 @@ def test_a_matrix_unit_takes_part_where_there_is_one(native: Kernels) -> None:
     with_it, without = (run(kernels, None, ALONE).logits("me") for kernels in (native, vectors))
     assert not torch.equal(with_it, without)
     torch.testing.assert_close(with_it, without, rtol=0, atol=1e-4)
+
+
+def test_a_matrix_unit_takes_part_in_lora_of_prompts(native: Kernels) -> None:
+    if not native.splits_prompts:
+        pytest.skip("no matrix unit here")
+    kernel = native.lora
+    assert kernel is not None
+    vectors = replace(native, lora=lambda a, b, rows: kernel(a, b, replace(rows, prompt=NO_PROMPT)))
+    with_it, without = (run(kernels, own("lora_in_bf16"), ALONE).logits("me") for kernels in (native, vectors))
+    assert not torch.equal(with_it, without)
+    torch.testing.assert_close(with_it, without, rtol=0, atol=1e-3)
 
 
 def _without_tiles(native: Kernels) -> Callable[..., None]:
