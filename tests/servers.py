@@ -44,10 +44,10 @@ class PostgreSQL:
         return self._uri.replace("/postgres?", f"/{name}?")
 
     def stop_sessions(self, url: str) -> int:
-        """Cuts every connection to one database, as a restart would; how many there were."""
+        """Cuts every connection to one database, as a restart would, and waits until they have ended; how many there were."""
         name = url.partition("?")[0].rpartition("/")[2]
         with psycopg.connect(self._uri, autocommit=True) as db:
-            query = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s"
+            query = "SELECT pg_terminate_backend(pid, 30000) FROM pg_stat_activity WHERE datname = %s"
             return len(db.execute(query, [name]).fetchall())
 
 

@@ -252,5 +252,5 @@ def _delete(services: Services, owner: str, name: str, version: int | None) -> l
     gone = [record.digest] if version is not None else [record.digest for record in store.versions(owner, name)]
     store.delete(owner, name, version)
     for digest in gone:
-        engine.unload(digest)
+        engine.unload(digest, deleted=True)
     return gone

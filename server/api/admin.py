@@ -145,7 +145,7 @@ def _forget(services: Services) -> None:
 
 def _unload(services: Services, digests: frozenset[Digest]) -> None:
     for digest in digests:
-        services.client.engine.unload(digest)
+        services.client.engine.unload(digest, deleted=True)
 
 
 def _tenant(record: TenantRecord) -> dict[str, JSON]:

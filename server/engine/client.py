@@ -46,8 +46,11 @@ class EngineLike(Protocol):
     def warm(self, digests: tuple[Digest, ...], tenant: str = "default") -> Future[None]:
         """Load adapters onto the device, at the expense of `tenant`'s slots; the future fails with an AdapterdError."""
 
-    def unload(self, digest: Digest) -> bool:
-        """Drop an adapter from the device once nothing runs on it; false when it was not there."""
+    def unload(self, digest: Digest, *, deleted: bool = False) -> bool:
+        """Drop an adapter from the device once nothing needs it; false when it was not there, or is to go later.
+
+        `deleted`: nobody can find it by name any more, so it is not to come back either.
+        """
 
     def residency(self, digest: Digest) -> tuple[str, str | None]:
         """stored, loading, resident or failed, and why."""

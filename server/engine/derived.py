@@ -10,7 +10,7 @@ from threading import Lock
 
 from adapters_store.digest import Digest
 
-from ..recipes import Recipe
+from ..recipes import Recipe, stored_sources
 from ..requests import Request
 
 
@@ -50,3 +50,8 @@ class Recipes:
     def get(self, digest: Digest) -> Recipe | None:
         with self._lock:
             return self._recipes.get(digest)
+
+    def made_from(self, stored: Digest) -> tuple[Digest, ...]:
+        """The adapters in use that are computed from a stored one."""
+        with self._lock:
+            return tuple(digest for digest, recipe in self._recipes.items() if stored in stored_sources(recipe))

@@ -29,6 +29,7 @@ from ..tenancy.quotas import Admission, AdmissionLimits
 from .derived import Recipes
 from .footprint import Footprint
 from .inbox import Inbox
+from .leaving import GRACE
 from .loading import HostCache, Load, Loading
 from .passes import Kind, Passes
 from .placing import Placing
@@ -133,18 +134,20 @@ class Engine:
 
     def keep(self, adapter: Adapter) -> None:
         """Have an adapter in host memory, so that the first request that names it waits for no disk."""
+        self._inbox.put(lambda: self._placing.stay(adapter.digest))
         self._loading.keep(adapter)
 
-    def unload(self, digest: Digest) -> bool:
-        """Drop an adapter from device and host memory; false when it was not there or running requests still use it.
+    def unload(self, digest: Digest, *, deleted: bool = False) -> bool:
+        """Drop an adapter from device and host memory; false when it was not there or requests still use it.
 
-        Waits for the step that is running now.
+        Those that do go on, and it goes with the last of them. `deleted`: with the last of those, too, that had found it in
+        the store and were not submitted yet. Waits for the step that is running now.
         """
         future: Future[bool] = Future()
 
         def work() -> None:
             try:
-                future.set_result(self._unload(digest))
+                future.set_result(self._unload(digest, GRACE if deleted else 0.0))
             except Exception as error:
                 future.set_exception(error)
 
@@ -203,14 +206,15 @@ class Engine:
         self._scheduler.residency.loaded(digest, facts)
 
     def _start_warming(self, digests: tuple[Digest, ...], tenant: str, future: Future[None]) -> None:
+        for digest in digests:
+            self._placing.stay(digest)
         missing = [digest for digest in digests if not self._scheduler.residency.is_resident(digest)]
         if self._warming.add(missing, future):
             for digest in missing:
                 self._scheduler.warm(digest, tenant)
 
-    def _unload(self, digest: Digest) -> bool:
-        self._cache.discard(digest)
-        return self._placing.unload(digest)
+    def _unload(self, digest: Digest, grace: float = 0.0) -> bool:
+        return self._placing.unload(digest, self._recipes.made_from(digest), grace=grace)
 
     # -- the engine's thread: steps ------------------------------------------------------------------------------
 

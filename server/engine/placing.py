@@ -3,6 +3,7 @@
 Owns adapters on their way to a slot and evictions not done yet. Decides nothing about who gets a slot: `Residency` did.
 
     loaded --put--> on the device --evict--> gone       a put out of memory: idle adapters leave, and it is tried once more
+                         +--unload--> at once, or once nothing needs it any more (`leaving`)
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ..errors import AdapterdError, GenerationError
 from ..memory import out_of_memory
 from ..methods.base import Adapter
 from ..model.runner import Runner
+from .leaving import Leaving
 from .loading import HostCache
 from .plan import Change, Copy, Evict, Fill, Put
 from .scheduler import Scheduler
@@ -46,9 +48,11 @@ class Placing:
         self._families: dict[Digest, frozenset[str]] = {}  # of adapters that are on the device
         self._sources: dict[Digest, frozenset[Digest]] = {}  # of those of them that were computed from stored ones
         self._evictions: deque[Evict] = deque()  # to be done before anything else: their slots may be given out again
+        self._leaving = Leaving(scheduler.residency, scheduler.awaits)
 
     def loaded(self, digest: Digest, adapter: Adapter) -> None:
         self._ready[digest] = adapter
+        self._leaving.follow(digest, adapter.sources)
 
     def families(self, digests: Iterable[Digest]) -> set[str]:
         """Of those that are on the device."""
@@ -57,6 +61,7 @@ class Placing:
     def clear_slots(self) -> None:
         """Do the evictions that could not be done before. Raises: whatever the device raises."""
         self._evict()
+        self._let_go()
 
     def apply(self, changes: Iterable[Change]) -> None:
         """In their order. Raises: whatever the device raises, but for an adapter that it does not take."""
@@ -143,13 +148,29 @@ class Placing:
         self._evict(Evict(digest, slots))
         return True
 
-    def unload(self, digest: Digest) -> bool:
-        """`withdraw`, and what was computed from the adapter goes with it."""
-        for derived in [each for each, sources in self._sources.items() if digest in sources]:
-            self.withdraw(derived)
-        if not self._scheduler.residency.is_resident(digest):
+    def unload(self, digest: Digest, derived: Iterable[Digest] = (), *, grace: float = 0.0) -> bool:
+        """Drop an adapter from device and host memory, and what was computed from it; false when that cannot be done now.
+
+        What is needed (`derived`, which is made from it, may be on its way) goes later, what comes back in `grace` seconds too.
+        """
+        made = {each for each, sources in self._sources.items() if digest in sources}
+        self._leaving.add((digest, *made, *derived), digest, grace)
+        self._cache.discard(digest)
+        was_resident = self._scheduler.residency.is_resident(digest)
+        if not was_resident:
             self._scheduler.forget(digest)  # it was evicted before, and its prefix stayed
-        return self.withdraw(digest)
+        self._let_go()
+        return was_resident and not self._scheduler.residency.is_resident(digest)
+
+    def stay(self, digest: Digest) -> None:
+        """What was told to leave is wanted again."""
+        self._leaving.stay(digest)
+
+    def _let_go(self) -> None:
+        for digest, unloaded in self._leaving.take():
+            self._cache.discard(unloaded)  # a load that was under way has put it there since
+            self._scheduler.forget(digest)
+            self.withdraw(digest)
 
     def undo(self, error: AdapterdError) -> None:
         """After a step that broke half way: what was planned but never reached the device is not believed to be there."""

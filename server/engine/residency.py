@@ -170,6 +170,11 @@ class Residency:
         """Resident, or loaded and only in want of a slot."""
         return digest in self._resident or digest in self._loaded
 
+    def is_needed(self, digest: Digest) -> bool:
+        """On its way, or pinned."""
+        entry = self._resident.get(digest)
+        return digest in self._loading or digest in self._loaded or (entry is not None and entry.refs > 0)
+
     def want(self, digest: Digest) -> bool:
         """True when the caller should start a load; single-flight, so only the first call says so."""
         if self.is_available(digest) or digest in self._loading:

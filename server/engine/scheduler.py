@@ -133,6 +133,10 @@ class Scheduler:
         """Make an adapter resident although no request waits for it; it stays in line until a slot is free."""
         self._slots.warm(digest, tenant)
 
+    def awaits(self, digest: Digest) -> bool:
+        """Whether a request that waits names an adapter."""
+        return any(digest in sequence.adapters for sequence in self.waiting)
+
     def forget(self, digest: Digest) -> None:
         """Drop the shared prefixes of an adapter; running sequences keep their blocks."""
         self._prefixes.forget(digest)

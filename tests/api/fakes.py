@@ -110,7 +110,7 @@ class FakeEngine:
             future.set_result(None)
         return future
 
-    def unload(self, digest: Digest) -> bool:
+    def unload(self, digest: Digest, *, deleted: bool = False) -> bool:
         return self.resident.pop(digest, None) is not None
 
     def residency(self, digest: Digest) -> tuple[str, str | None]:

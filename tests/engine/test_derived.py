@@ -43,6 +43,15 @@ def test_a_recipe_is_known_while_a_request_needs_it() -> None:
     assert (recipes.get(merge.digest), len(recipes)) == (None, 0)
 
 
+def test_which_recipes_in_use_are_made_from_a_stored_adapter() -> None:
+    recipes, nested, other = Recipes(), Join((Merge((A, B), (1.0, 1.0)), C)), Task(B, 1)
+    recipes.hold(request("one", nested, other))
+    assert recipes.made_from(A) == recipes.made_from(C) == (nested.digest,)
+    assert set(recipes.made_from(B)) == {nested.digest, other.digest}
+    recipes.release("one")
+    assert recipes.made_from(A) == ()
+
+
 def test_any_thread_may_hold_and_release() -> None:
     recipes = Recipes()
     kept = Join((A, B))

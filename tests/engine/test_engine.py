@@ -701,6 +701,7 @@ def test_an_adapter_in_use_is_not_unloaded() -> None:
             lab.turn()
             asker.join()
     assert answers == [False]
+    assert lab.scheduler.residency.resident == (DIGESTS["a"],)
     lab.run()
     assert lab.finished("a")
 

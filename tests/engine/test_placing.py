@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -10,8 +10,10 @@ import torch
 from structlog.testing import capture_logs
 
 from adapters_store.digest import Digest
+from server.engine.leaving import GRACE
 from server.engine.plan import Change, Copy, Evict, Fill, Put
 from server.methods.base import Adapter, Part, Prefix
+from server.recipes import Join, Source
 from server.requests import FinishReason
 from tests.lab import Lab
 from tests.tiny import tiny_model
@@ -135,3 +137,178 @@ def test_no_memory_for_a_change_that_is_a_defect_is_tried_once(lab: Lab, monkeyp
     lab.run()
     assert sum(isinstance(change, Put) for change in tried) == 1
     assert "could not be put on the device (ValueError)" in str(lab.ending("c").error)
+
+
+# -- unloading: at once, or once nothing needs it any more -----------------------------------------------------------
+
+
+class Slow(Lab):
+    """A lab with a host cache, whose loads arrive when `arrive` is called."""
+
+    def __init__(self, known: Mapping[Digest, Adapter] = KNOWN, **options: Any) -> None:
+        super().__init__(tiny_model("llama"), known, **options)
+        self.engine._cache.limit = 1 << 20
+        self.started: list[Source] = []
+        loading = self.engine._loading
+        loading.start = lambda digest: self.started.append(loading._source(digest))  # type: ignore[method-assign]
+
+    def arrive(self) -> None:
+        while self.started:
+            self.engine._loading._run(self.started.pop(0))
+
+    @property
+    def resident(self) -> tuple[Digest, ...]:
+        return self.scheduler.residency.resident
+
+    @property
+    def cached(self) -> set[Digest]:
+        return set(self.engine._cache._adapters)
+
+    def idle(self) -> None:
+        """An idle engine's turns, each of which a real one makes within a second."""
+        for _ in range(3):
+            self.turn()
+
+
+def test_who_is_unloaded_while_it_runs_goes_with_the_last_who_needs_it(expected: dict[str, list[int]]) -> None:
+    lab = Slow()
+    for name in ("one", "two"):
+        lab.submit(name, PROMPT, ADAPTERS["kv"].digest, max_new_tokens=6 if name == "one" else 12)
+    lab.turn()
+    lab.arrive()
+    lab.turn()
+    assert lab.engine._unload(ADAPTERS["kv"].digest) is False
+    lab.submit("later", PROMPT, ADAPTERS["kv"].digest)
+    while not lab.scheduler.idle:
+        assert lab.resident == (ADAPTERS["kv"].digest,)
+        lab.turn()
+    lab.idle()
+    assert lab.tokens("one") == lab.tokens("later") == lab.tokens("two")[:6] == expected["kv"]
+    assert (lab.resident, lab.cached, lab.started, lab.scheduler.pages.used) == ((), set(), [], 0)
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_who_is_unloaded_while_it_loads_does_not_stay(cancelled: bool, expected: dict[str, list[int]]) -> None:
+    lab = Slow()
+    ask(lab, "a")
+    lab.turn()
+    assert lab.engine._unload(ADAPTERS["a"].digest) is False
+    if cancelled:
+        lab.engine.cancel("a")
+        lab.turn()
+    lab.arrive()
+    assert lab.cached == {ADAPTERS["a"].digest}, "the load did not know"
+    lab.run()
+    lab.idle()
+    assert lab.tokens("a") == ([] if cancelled else expected["a"])
+    assert (lab.resident, lab.cached) == ((), set())
+
+
+def test_who_is_unloaded_while_it_waits_for_a_slot_runs_and_goes(expected: dict[str, list[int]]) -> None:
+    lab = Slow(slots=1)
+    for name in ("a", "b"):
+        ask(lab, name)
+        lab.turn()
+        lab.arrive()
+        lab.turn()
+    assert lab.scheduler.residency.loaded_only == (ADAPTERS["b"].digest,)
+    assert lab.engine._unload(ADAPTERS["b"].digest) is False
+    lab.run()
+    lab.idle()
+    assert (lab.tokens("a"), lab.tokens("b")) == (expected["a"], expected["b"])
+    assert (lab.resident, lab.cached) == ((), {ADAPTERS["a"].digest})
+
+
+def test_who_is_warmed_after_it_was_unloaded_stays(expected: dict[str, list[int]]) -> None:
+    lab = Slow()
+    ask(lab, "a")
+    lab.turn()
+    lab.arrive()
+    lab.turn()
+    assert lab.engine._unload(ADAPTERS["a"].digest) is False
+    warmed = lab.engine.warm((ADAPTERS["a"].digest,))
+    lab.run()
+    lab.idle()
+    assert lab.tokens("a") == expected["a"]
+    assert warmed.done()
+    assert lab.resident == (ADAPTERS["a"].digest,)
+
+
+@pytest.mark.parametrize("moment", ["while it loads", "while it runs"])
+def test_what_is_made_from_the_unloaded_goes_when_nothing_needs_it(moment: str) -> None:
+    lab = Slow()
+    joined = Join((ADAPTERS["a"].digest, ADAPTERS["kv"].digest))
+    lab.submit("both", PROMPT, joined)
+    lab.turn()
+    if moment == "while it runs":
+        lab.arrive()
+        lab.turn()
+    assert lab.engine._unload(ADAPTERS["a"].digest) is False
+    lab.arrive()
+    lab.turn()
+    assert lab.resident == (joined.digest,)
+    lab.run()
+    lab.idle()
+    assert lab.finished("both")
+    assert (lab.resident, lab.cached) == ((), {ADAPTERS["kv"].digest})
+
+
+@pytest.mark.parametrize("what", ["adapter", "made from it"])
+def test_a_request_that_found_an_adapter_before_it_was_deleted_runs_and_leaves_nothing(
+    what: str, expected: dict[str, list[int]]
+) -> None:
+    lab, now = Slow(), [0.0]
+    lab.engine._placing._leaving._clock = lambda: now[0]
+    deleted, other = ADAPTERS["a"].digest, ADAPTERS["kv"].digest
+    lab.engine._unload(deleted, GRACE)
+    for late in ("at once", "late"):
+        now[0] = GRACE * 0.9 * (late == "late")
+        lab.submit(late, PROMPT, deleted if what == "adapter" else Join((deleted, other)))
+        lab.turn()
+        lab.arrive()
+        lab.run()
+        lab.idle()
+        assert (lab.resident, lab.cached) == ((), set() if what == "adapter" else {other})
+    assert lab.tokens("at once") == lab.tokens("late") != []
+    assert what != "adapter" or lab.tokens("late") == expected["a"]
+    now[0] = GRACE
+    lab.idle()
+    assert len(lab.engine._placing._leaving) == 0
+
+
+def test_who_comes_back_after_it_was_unloaded_but_not_deleted_stays() -> None:
+    lab = Slow()
+    lab.engine._unload(ADAPTERS["a"].digest)
+    ask(lab, "a")
+    lab.turn()
+    lab.arrive()
+    lab.run()
+    lab.idle()
+    assert lab.resident == (ADAPTERS["a"].digest,)
+
+
+def test_who_is_uploaded_again_after_it_was_deleted_stays() -> None:
+    lab = Slow()
+    lab.engine._unload(ADAPTERS["a"].digest, GRACE)
+    lab.engine.keep(ADAPTERS["a"])
+    ask(lab, "a")
+    lab.turn()
+    lab.arrive()
+    lab.run()
+    lab.idle()
+    assert (lab.resident, lab.cached) == ((ADAPTERS["a"].digest,), {ADAPTERS["a"].digest})
+
+
+def test_who_is_unloaded_while_a_request_waits_for_its_load_to_begin_goes_behind_it(expected: dict[str, list[int]]) -> None:
+    lab = Slow()
+    lab.scheduler._slots._prefetch = 1
+    for name in ("b", "a"):
+        ask(lab, name)
+    lab.turn()
+    assert lab.scheduler.residency.state(ADAPTERS["a"].digest) == ("stored", None)
+    lab.engine._unload(ADAPTERS["a"].digest)
+    for _ in range(30):
+        lab.arrive()
+        lab.turn()
+    assert (lab.tokens("a"), lab.tokens("b")) == (expected["a"], expected["b"])
+    assert (lab.resident, lab.cached) == ((ADAPTERS["b"].digest,), {ADAPTERS["b"].digest})
