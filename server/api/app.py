@@ -16,7 +16,7 @@ from ..engine.client import EngineClient, EngineLike, Mailbox
 from ..metrics import Metrics
 from ..model.text import Text
 from ..settings import Settings
-from . import adapters, admin, classify, docs, embed, failures, generate, openai, ops, users
+from . import adapters, admin, classify, docs, embed, failures, generate, openai, openai_models, ops, users
 from .auth import authorize
 from .context import Inspect, Limits, Services, Validate, anything
 from .document import document_of
@@ -93,7 +93,7 @@ def create_app(
         dependencies=[Depends(authorize)],
     )
     app.state.services = services
-    for module in (generate, openai, classify, embed, adapters, users, admin, ops):
+    for module in (generate, openai, openai_models, classify, embed, adapters, users, admin, ops):
         app.include_router(module.router)
     app.include_router(generate.tokenizer_router)
     docs.install(app)

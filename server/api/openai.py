@@ -1,61 +1,38 @@
-"""OpenAI's routes: /v1/completions, /v1/chat/completions, /v1/models. `model` is the base model's name or an adapter's."""
+"""OpenAI's /v1/completions and /v1/chat/completions: from a body to jobs. `model` is the base's name or an adapter's."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Protocol
-from uuid import uuid4
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from adapters_store.errors import Invalid, NotFound
-from adapters_store.records import AdapterRecord
-from adapters_store.store import Store
+from adapters_store.errors import NotFound
 
-from .. import __version__
-from ..engine.client import Delta, Generation, Job, TokenText, merge
+from ..engine.client import Job
 from ..errors import ValidationError
 from ..model.text import Text
-from ..requests import FinishReason
-from .auth import Caller, Tenant, requires
+from .auth import Caller, requires
 from .body import documented, json_body
 from .context import Context, Services, require_ready
-from .failures import UnknownModelError, counting_refusals, reported, trail_of
-from .generate import identity_headers, user_of
+from .failures import UnknownModelError, counting_refusals, trail_of
+from .generate import user_of
 from .jobs import Order, check_ids, copies, encode, job_of
 from .keyring import Principal
+from .openai_answers import REFUSALS, Chat, Choice, Completions, answer
 from .prompts import Frame
 from .quotas import check_answers, check_tokens, default_new_tokens
 from .resolve import Resolved, resolve
 from .rules import check_choices, check_stop, check_top_n, openai_wish
-from .schemas import ChatMessage, ChatRequest, CompletionRequest, OpenAIErrorResponse, OpenAIRequest
-from .sse import DONE, EventStream, event, while_connected
+from .schemas import ChatMessage, ChatRequest, CompletionRequest, OpenAIRequest
 
 MAX_CHOICES = 16  # of one request, all its prompts together
 _COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
-_PAGE = 1000
 
 _BASE_ALIASES = ("", "tgi", "dummy")  # what TGI's documentation and Hugging Face's client call a server's only model
 
-_FINISH = {FinishReason.LENGTH: "length", FinishReason.EOS: "stop", FinishReason.STOP: "stop"}
-
-_REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": OpenAIErrorResponse, "description": text}
-    for status, text in {
-        400: "The body is not JSON",
-        404: "No such model",
-        413: "The body is too large",
-        422: "Input validation error",
-        424: "The generation failed",
-        429: "Too many requests; see Retry-After",
-        503: "Starting or shutting down",
-    }.items()
-}
 _ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/json": {}, "text/event-stream": {}}, "description": "OpenAI's object or its chunks"}
 }
@@ -69,7 +46,7 @@ ChatBody = Annotated[ChatRequest, Depends(json_body(ChatRequest, counted=True))]
 @router.post(
     "/completions",
     dependencies=[Depends(require_ready)],
-    responses={**_ANSWERS, **_REFUSALS},
+    responses={**_ANSWERS, **REFUSALS},
     openapi_extra=documented(
         CompletionRequest,
         base_model={"model": "smollm2-135m-instruct", "prompt": "The capital of France is", "max_tokens": 8},
@@ -81,14 +58,14 @@ async def completions(request: Request, body: CompletionBody, services: Context,
     """Continue one prompt or several, given as text or as token ids."""
     with counting_refusals(services.metrics):
         orders = await _completion_jobs(request, body, services, caller)
-    shape = _Completions(body, services.text, [Choice(prefix=prompt if body.echo else "") for prompt, _ in orders])
-    return await _answer(request, body, shape, [job for _, job in orders], services)
+    shape = Completions(body, services.text, [Choice(prefix=prompt if body.echo else "") for prompt, _ in orders])
+    return await answer(request, body, shape, [job for _, job in orders], services)
 
 
 @router.post(
     "/chat/completions",
     dependencies=[Depends(require_ready)],
-    responses={**_ANSWERS, **_REFUSALS},
+    responses={**_ANSWERS, **REFUSALS},
     openapi_extra=documented(
         ChatRequest,
         base_model={"model": "smollm2-135m-instruct", "messages": [{"role": "user", "content": "Hello!"}]},
@@ -100,29 +77,8 @@ async def chat_completions(request: Request, body: ChatBody, services: Context, 
     """The assistant's next message, through the base model's own chat template."""
     with counting_refusals(services.metrics):
         jobs = await _chat_jobs(request, body, services, caller)
-    shape = _Chat(body, services.text, [Choice() for _ in jobs])
-    return await _answer(request, body, shape, jobs, services)
-
-
-@router.get("/models")
-@requires("infer")
-async def models(services: Context, tenant: Tenant) -> Response:
-    """The base model, then the adapters that this tenant may use."""
-    records = await to_thread.run_sync(_all_adapters, services.store, tenant)
-    return JSONResponse({"object": "list", "data": [_base_card(services), *(_card(services, r) for r in records)]})
-
-
-@router.get("/models/{model:id}", responses={404: _REFUSALS[404]})
-@requires("infer")
-async def model(model: str, services: Context, tenant: Tenant) -> Response:
-    """One model or adapter."""
-    if model == services.model_name:
-        return JSONResponse(_base_card(services))
-    try:
-        record = await to_thread.run_sync(services.store.resolve, tenant, model)
-    except (NotFound, Invalid):
-        raise UnknownModelError(model) from None
-    return JSONResponse(_card(services, record))
+    shape = Chat(body, services.text, [Choice() for _ in jobs])
+    return await answer(request, body, shape, jobs, services)
 
 
 # -- from body to jobs -----------------------------------------------------------------------------------------------
@@ -259,259 +215,3 @@ def _refuse_unsupported(body: OpenAIRequest, **fields: object) -> None:
     for name, value in wanted.items():
         if value:
             raise ValidationError(f"`{name}` is not supported")
-
-
-# -- from deltas to OpenAI's objects ---------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class Choice:
-    """One choice as it grows."""
-
-    prefix: str = ""  # the prompt, where it is to be echoed
-    text: str = ""
-    tokens: list[TokenText] = field(default_factory=list)
-    finish: str | None = None
-
-    def add(self, delta: Delta) -> None:
-        self.text += delta.text
-        self.tokens.append(delta.token)
-        self.finish = None if delta.finish is None else _FINISH[delta.finish]
-
-
-class _Shape(Protocol):
-    """How a wire format says things: `kind` names what it answers, `chunk` what it streams."""
-
-    prefix: str
-    kind: str
-    chunk: str
-    choices: list[Choice]
-    logprobs: bool
-
-    def whole(self, index: int) -> dict[str, Any]:
-        """A finished choice."""
-
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """What a streamed choice starts with, before its first token."""
-
-    def piece(self, index: int, delta: Delta) -> dict[str, Any]:
-        """One token's worth of a streamed choice; the delta has been added to it."""
-
-
-class _Completions:
-    prefix, kind, chunk = "cmpl", "text_completion", "text_completion"
-
-    def __init__(self, body: CompletionRequest, text: Text, choices: list[Choice]) -> None:
-        self.choices = choices
-        self.logprobs = body.logprobs is not None
-        self._text = text
-
-    def whole(self, index: int) -> dict[str, Any]:
-        choice = self.choices[index]
-        logprobs = self._listed(choice.tokens, 0) if self.logprobs else None
-        return {
-            "index": index,
-            "text": choice.prefix + choice.text,
-            "logprobs": logprobs,
-            "finish_reason": choice.finish,
-        }
-
-    def opening(self, index: int) -> dict[str, Any] | None:
-        prefix = self.choices[index].prefix
-        return {"index": index, "text": prefix, "logprobs": None, "finish_reason": None} if prefix else None
-
-    def piece(self, index: int, delta: Delta) -> dict[str, Any]:
-        choice = self.choices[index]
-        before = sum(len(token.text) for token in choice.tokens[:-1])
-        logprobs = self._listed([delta.token], before) if self.logprobs else None
-        return {"index": index, "text": delta.text, "logprobs": logprobs, "finish_reason": choice.finish}
-
-    def _listed(self, tokens: list[TokenText], offset: int) -> dict[str, Any]:
-        offsets = []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token.text)
-        return {
-            "tokens": [token.text for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
-            "text_offset": offsets,
-            "top_logprobs": [self._top(token) for token in tokens],
-        }
-
-    def _top(self, token: TokenText) -> dict[str, float]:
-        return {self._text.piece(id): logprob for id, logprob in token.alternatives}
-
-
-class _Chat:
-    prefix, kind, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def __init__(self, body: ChatRequest, text: Text, choices: list[Choice]) -> None:
-        self.choices = choices
-        self.logprobs = body.logprobs
-        self._text = text
-
-    def whole(self, index: int) -> dict[str, Any]:
-        choice = self.choices[index]
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": choice.text},
-            "logprobs": {"content": [self._listed(token) for token in choice.tokens]} if self.logprobs else None,
-            "finish_reason": choice.finish,
-        }
-
-    def opening(self, index: int) -> dict[str, Any] | None:
-        return self._chunk(index, "", None)
-
-    def piece(self, index: int, delta: Delta) -> dict[str, Any]:
-        logprobs = {"content": [self._listed(delta.token)]} if self.logprobs else None
-        return self._chunk(index, delta.text, logprobs)
-
-    def _chunk(self, index: int, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        """Role and tool_calls are in every chunk because TGI's own client insists on them."""
-        return {
-            "index": index,
-            "delta": {"role": "assistant", "content": text, "tool_calls": None},
-            "logprobs": logprobs,
-            "finish_reason": self.choices[index].finish,
-        }
-
-    def _listed(self, token: TokenText) -> dict[str, Any]:
-        top = [_scored(self._text.piece(id), logprob) for id, logprob in token.alternatives]
-        return {**_scored(token.text, token.logprob), "top_logprobs": top}
-
-
-def _scored(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-
-# -- the two ways to answer ------------------------------------------------------------------------------------------
-
-
-async def _answer(request: Request, body: OpenAIRequest, shape: _Shape, jobs: list[Job], services: Services) -> Response:
-    batch = _Batch(_submit(jobs, services), per_prompt=body.n or 1)
-    headers = identity_headers(services, jobs[0], "")
-    envelope = {
-        "id": f"{shape.prefix}-{uuid4().hex}",
-        "created": int(time.time()),
-        "model": body.model or services.model_name,
-        "system_fingerprint": f"adapterd-{__version__}",
-    }
-    if body.stream:
-        usage = body.stream_options is not None and body.stream_options.include_usage
-        return await _stream(request, shape, batch, envelope, headers, usage=usage)
-    try:
-        await while_connected(request.receive, _run(shape, batch))
-    finally:
-        batch.close()
-    choices = [shape.whole(index) for index in range(len(jobs))]
-    return JSONResponse({**envelope, "object": shape.kind, "choices": choices, "usage": batch.usage()}, headers=headers)
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """The generations of one request: `per_prompt` choices for each prompt, side by side."""
-
-    generations: list[Generation]
-    per_prompt: int
-
-    def usage(self) -> dict[str, object]:
-        """A prompt counts once, however many choices it has."""
-        prompts = [generation.summary for generation in self.generations[:: self.per_prompt]]
-        prompt = sum(summary.prompt_tokens for summary in prompts)
-        completion = sum(generation.summary.generated_tokens for generation in self.generations)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": sum(summary.cached_tokens for summary in prompts)},
-        }
-
-    def close(self) -> None:
-        for generation in self.generations:
-            generation.close()
-
-
-def _submit(jobs: list[Job], services: Services) -> list[Generation]:
-    """All or none. Raises: OverloadedError, UnavailableError."""
-    generations: list[Generation] = []
-    try:
-        for job in jobs:
-            generations.append(services.client.generate(job))  # noqa: PERF401 - those before a refusal must be known
-    except BaseException:
-        for generation in generations:
-            generation.close()
-        raise
-    return generations
-
-
-async def _run(shape: _Shape, batch: _Batch) -> None:
-    async with aclosing(merge(batch.generations)) as deltas:
-        async for index, delta in deltas:
-            shape.choices[index].add(delta)
-
-
-async def _stream(
-    request: Request,
-    shape: _Shape,
-    batch: _Batch,
-    envelope: Mapping[str, object],
-    headers: Mapping[str, str],
-    *,
-    usage: bool,
-) -> Response:
-    """Waits for the first token before the status line, as /generate_stream does."""
-    try:
-        await while_connected(request.receive, batch.generations[0].begin())
-    except BaseException:
-        batch.close()
-        raise
-    events = _events(shape, batch, {**envelope, "object": shape.chunk}, usage=usage)
-    return EventStream(reported(events, request), headers=headers, close=batch.close)
-
-
-async def _events(shape: _Shape, batch: _Batch, head: Mapping[str, object], *, usage: bool) -> AsyncGenerator[bytes, None]:
-    trailer = {"usage": None} if usage else {}
-    for index in range(len(batch.generations)):
-        if (opening := shape.opening(index)) is not None:
-            yield event({**head, "choices": [opening], **trailer})
-    async with aclosing(merge(batch.generations)) as deltas:
-        async for index, delta in deltas:
-            shape.choices[index].add(delta)
-            if delta.text or delta.finish is not None or shape.logprobs:
-                yield event({**head, "choices": [shape.piece(index, delta)], **trailer})
-    if usage:
-        yield event({**head, "choices": [], "usage": batch.usage()})
-    yield DONE
-
-
-# -- models ----------------------------------------------------------------------------------------------------------
-
-
-def _all_adapters(store: Store, tenant: str) -> list[AdapterRecord]:
-    records, cursor = store.list(tenant, limit=_PAGE, shared=True)
-    found = list(records)
-    while cursor is not None:
-        records, cursor = store.list(tenant, limit=_PAGE, cursor=cursor, shared=True)
-        found += records
-    return found
-
-
-def _base_card(services: Services) -> dict[str, object]:
-    return _model_card(services, services.model_name, services.started_at, root=services.model_name, parent=None)
-
-
-def _card(services: Services, record: AdapterRecord) -> dict[str, object]:
-    created = int(record.created_at.timestamp())
-    return _model_card(services, record.name, created, root=record.name, parent=services.model_name)
-
-
-def _model_card(services: Services, name: str, created: int, *, root: str, parent: str | None) -> dict[str, object]:
-    return {
-        "id": name,
-        "object": "model",
-        "created": created,
-        "owned_by": "adapterd",
-        "root": root,
-        "parent": parent,
-        "max_model_len": services.limits.max_total_tokens,
-    }
