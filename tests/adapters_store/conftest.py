@@ -32,6 +32,7 @@ class HandClock:
 
 
 Upload = Callable[..., tuple[AdapterRecord, bool]]
+Content = Callable[[Store, AdapterRecord], dict[str, bytes]]
 
 
 def in_memory() -> str | None:
@@ -93,7 +94,7 @@ def upload() -> Upload:
 
 
 @pytest.fixture
-def content() -> Callable[[Store, AdapterRecord], dict[str, bytes]]:
+def content() -> Content:
     def _content(store: Store, record: AdapterRecord) -> dict[str, bytes]:
         return {name: path.read_bytes() for name, path in store.files(record.digest).items()}
 

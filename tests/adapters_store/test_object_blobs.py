@@ -1,4 +1,4 @@
-"""Blobs in an object store, on one in memory. Whole stores, on S3 too, are in `test_store.py`."""
+"""Blobs in an object store, on one in memory. Whole stores, on S3 too: the modules that say `EVERYWHERE = True`."""
 
 from __future__ import annotations
 

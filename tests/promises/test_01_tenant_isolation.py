@@ -1,7 +1,7 @@
 """Promise 1: an adapter is usable, visible and deletable only by its tenant, or usable by all if an operator shared it.
 A foreign id and a missing id get the same answer.
 
-In any order of events: `tests/security/test_isolation.py`. In the store: `tests/adapters_store/test_store.py`.
+In any order of events: `tests/security/test_isolation.py`. In the store: `tests/adapters_store/test_isolation.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Promise 2: inside, everything is content-addressed; only a `Digest` becomes a path; de-duplication cannot be observed.
 
-More: `tests/adapters_store/test_store.py`, `test_manifest.py`; hostile names in `tests/security/test_names.py`.
+More: `tests/adapters_store/test_publishing.py`, `test_manifest.py`; hostile names in `tests/security/test_names.py`.
 """
 
 from __future__ import annotations

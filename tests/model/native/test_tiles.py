@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from server.model.native import NativeKernels, NativeUnavailable, opcodes, open_library, reference
-from server.model.native.build import find_compiler
+from server.model.native import NativeKernels, opcodes, reference
 from server.model.native.layouts import pack_tiles, unpack_tiles
 from server.model.native.prepared import Split
-
-quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+from tests.model.native.tensors import quick, random
 
 
 @pytest.fixture(scope="session")
-def kernels() -> Iterator[NativeKernels]:
-    try:
-        find_compiler()
-    except NativeUnavailable as reason:
-        pytest.skip(str(reason))
-    opened = open_library(Path(__file__).parents[2] / ".pytest_cache" / "native-kernels", print)
-    if not opened.has_tiles:
+def kernels(kernels: NativeKernels) -> NativeKernels:
+    if not kernels.has_tiles:
         pytest.skip("this processor has no AMX tiles, or the kernel keeps them back")
-    opened.set_threads(1)
-    yield opened
-    opened.set_threads(torch.get_num_threads())
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return kernels
 
 
 def matrix(n: int, k: int) -> Tensor:
