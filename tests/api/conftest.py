@@ -26,6 +26,7 @@ from server.settings import Settings
 from .fakes import FakeEngine, tiny_tokenizer, validate
 
 MODEL = "tiny"
+PREFIX = "Input validation error: "
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A thousand clients that leave at random moments of every kind of request, against the real engine: all of it comes back.
+"""Clients that leave: each is cancelled, and a thousand at random moments of every kind of request leave nothing behind.
 
 ASGI without a socket, so that the moment is the test's to choose. Over sockets: `tests/e2e/test_lifecycle.py`.
 """
@@ -21,9 +21,69 @@ from server.methods.read import describe
 from server.settings import Settings
 from tests.e2e.uploads import Files, lora
 
+from .conftest import World
+
 CLIENTS, AT_ONCE = 1000, 24
 ROUTES = ("/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions", "/embed", "/classify")
 ADAPTERS = (None, "one", "two", "three")  # more than there are slots
+
+
+class Connection:
+    """An ASGI connection whose client can hang up."""
+
+    def __init__(self, path: str, body: Any) -> None:
+        self.scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.4"},
+            "method": "POST",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json")],
+            "http_version": "1.1",
+            "scheme": "http",
+            "server": ("test", 80),
+            "client": ("test", 1),
+            "root_path": "",
+        }
+        self.incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.incoming.put_nowait({"type": "http.request", "body": json.dumps(body).encode()})
+        self.sent: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+
+    async def send(self, message: Any) -> None:
+        await self.sent.put(message)
+
+    def hang_up(self) -> None:
+        self.incoming.put_nowait({"type": "http.disconnect"})
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/v1/completions"])
+async def test_client_that_leaves_while_waiting_is_cancelled(world: World, path: str) -> None:
+    world.engine.silent = True
+    connection = Connection(path, {"inputs": "a", "prompt": "a", "model": "tiny"})
+    serving = asyncio.create_task(world.app(connection.scope, connection.incoming.get, connection.send))
+    await asyncio.to_thread(world.engine.wait_until, lambda: len(world.engine.submitted) == 1)
+    connection.hang_up()
+    await asyncio.wait_for(serving, 10)
+    assert world.engine.cancelled == [world.last.id]
+    assert 'adapterd_requests_total{outcome="cancelled"} 1.0' in (await world.http.get("/metrics")).text
+
+
+@pytest.mark.parametrize("path", ["/generate_stream", "/v1/completions"])
+async def test_client_that_leaves_a_stream_is_cancelled(world: World, path: str) -> None:
+    world.says("a" * 90)
+    world.engine.pause_after = 2
+    connection = Connection(path, {"inputs": "a", "prompt": "a", "model": "tiny", "max_tokens": 50, "stream": True})
+    serving = asyncio.create_task(world.app(connection.scope, connection.incoming.get, connection.send))
+    assert (await connection.sent.get())["type"] == "http.response.start"
+    await asyncio.to_thread(world.engine.wait_until, lambda: world.engine.held)
+    connection.hang_up()
+    await asyncio.wait_for(serving, 10)
+    assert world.engine.cancelled == [world.last.id]
+    assert world.engine.stats().running == 0
+
+
+# -- a thousand of them, against the real engine -----------------------------------------------------------------------
 
 
 def body_of(path: str, chance: random.Random) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Promise 15: a step's exception, an adapter that cannot be read, a full disk fail only what they touch.
 
-Step exceptions by bisection: `tests/engine/test_engine.py`; every call of the disk in turn: `tests/adapters_store`.
+Step exceptions by bisection: `tests/engine/test_failures.py`; every call of the disk in turn: `tests/adapters_store`.
 """
 
 from __future__ import annotations
