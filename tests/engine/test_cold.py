@@ -131,7 +131,7 @@ def test_replaced_while_serving_the_old_version_deleted_and_swept_with_grace(
     asking = threading.Thread(target=lambda: answers.append(me.tokens("news", max_new_tokens=12)))
     asking.start()
     assert held.wait(60)
-    monkeypatch.setattr(engine, "unload", lambda digest: False)  # it waits for the step that is held here
+    monkeypatch.setattr(engine, "unload", lambda digest, deleted: False)  # it waits for the step that is held here
     newest = me.upload("news", lora(2)).json()["version"]
     assert me.delete("/adapters/news", params={"version": newest - 1}).status_code == 204
     house.server.store.gc(grace_seconds=3600)
