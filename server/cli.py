@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
-import httpx
 import pydantic
 import typer
 from rich.console import Console
@@ -47,9 +46,6 @@ def main() -> None:
     """Run the command line; errors of ours are one line and exit status 1."""
     try:
         app()
-    except httpx.RequestError as error:
-        complain(f"{error.request.url}: {error or type(error).__name__}")
-        sys.exit(1)
     except (AdapterdError, StoreError, OSError) as error:
         complain(f"{error or type(error).__name__}")
         sys.exit(1)
@@ -102,10 +98,10 @@ def _load_and_serve(settings: Settings, listener: socket.socket) -> None:
 
     readiness = Readiness("loading")
     with Front(listener, readiness) as front:
-        with kept():
+        with kept(clean=True):
             from .assembly import assemble, seed_demo
             from .model.pull import console_report
-
+        with kept():
             with console_report() as report:
                 server = assemble(settings, report, readiness)
             if settings.demo:

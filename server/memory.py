@@ -28,16 +28,18 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def kept() -> Iterator[None]:
+def kept(*, clean: bool = False) -> Iterator[None]:
     """What is imported and made inside is there to stay: no collection looks for garbage in it, now or later.
 
     A collection stops every thread. While a server is put together some hundred of them would walk over ever more objects,
-    and each full one afterwards over all of them.
+    and each full one afterwards over all of them. `clean`: nothing large inside becomes garbage (so with imports), and even
+    the last walk, half a second over what torch and transformers make, is left out.
     """
     gc.disable()
     try:
         yield
-        gc.collect()
+        if not clean:
+            gc.collect()
     finally:
         gc.freeze()
         gc.enable()

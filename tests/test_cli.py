@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +26,11 @@ def test_help_names_every_command() -> None:
 def test_the_installed_command_and_the_module_are_one() -> None:
     said = run("version")
     assert (said.returncode, said.stdout) == (0, f"{__version__}\n")
+
+
+def test_the_command_line_itself_imports_nothing_that_takes_long() -> None:
+    check = "import sys, server.cli; print(sorted({'httpx', 'sqlalchemy', 'numpy', 'torch', 'fastapi'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_serve_help_has_a_flag_with_its_text_and_default_for_every_setting() -> None:

@@ -74,3 +74,16 @@ def test_collections_go_on_when_the_making_failed() -> None:
     with pytest.raises(ValueError, match="no base"), kept():
         raise ValueError("no base")
     assert gc.isenabled()
+
+
+@pytest.mark.usefixtures("thawed")
+def test_where_there_is_no_garbage_to_speak_of_nobody_looks_for_it() -> None:
+    frozen = gc.get_freeze_count()
+    with kept(clean=True):
+        garbage = weakref.ref(_Cycle())
+    gc.collect()
+    assert garbage() is not None
+    assert gc.get_freeze_count() > frozen
+    gc.unfreeze()
+    gc.collect()
+    assert garbage() is None

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
+from httpx_aiohttp import AiohttpTransport
 
 from .options import BenchError
 from .results import OK, Outcome
@@ -151,8 +152,6 @@ async def connect(
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> AsyncIterator[Target]:
     """A client with as many connections as there are requests in flight. `transport` replaces the network."""
-    from httpx_aiohttp import AiohttpTransport  # takes long to import, and `adapterd serve` imports this module too
-
     # On aiohttp's connections, whose parser is compiled: on the server's own cores httpx's take 380 us per token, these 110.
     # 0 is aiohttp's word for no limit.
     network = AiohttpTransport(limits=httpx.Limits(max_connections=0, keepalive_expiry=_CONTROL_SECONDS), trust_env=False)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_origin, get_type_hints
 import typer
 from rich.console import Console
 
-from ..bench import BenchOptions, render, run_bench, to_json
+from ..bench.options import BenchOptions
 from ..settings import default_home
 from .terminal import DEFAULT_MODEL, console
 
@@ -46,6 +46,8 @@ def _bench_option(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter
 
 
 def _bench(json_path: Path | None, families: str, api_keys: str, **flags: Any) -> None:
+    from ..bench.run import render, run_bench, to_json
+
     flags["families"] = tuple(families.split(","))
     flags["api_keys"] = tuple(key for key in api_keys.split(",") if key)
     report = run_bench(BenchOptions(**flags))

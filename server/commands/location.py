@@ -10,15 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-
-from adapters_store.store import Store, open_store
 
 from ..errors import NotFoundError
 from ..settings import Settings, default_store
 from .terminal import settings_of
+
+if TYPE_CHECKING:  # it takes long to import
+    from adapters_store.store import Store
 
 
 def _help(name: str) -> str:
@@ -37,6 +38,8 @@ class Location:
     @contextmanager
     def opened(self) -> Iterator[Store]:
         """The store, made if need be. Raises: StoreError."""
+        from adapters_store.store import open_store
+
         settings = self._settings
         with open_store(
             self._root, settings.catalog_url, settings.blobs_url, cache_bytes=settings.blob_cache_mb << 20

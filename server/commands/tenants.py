@@ -9,7 +9,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pydantic
 import typer
@@ -19,11 +19,13 @@ from rich.table import Table
 
 from adapters_store.errors import NotFound
 from adapters_store.records import TenantRecord
-from adapters_store.store import Store
 
 from ..tenancy.policy import TenantPolicy
 from .location import Location, Root
 from .terminal import complain_of
+
+if TYPE_CHECKING:
+    from adapters_store.store import Store
 
 app = typer.Typer(
     no_args_is_help=True, help="What each tenant of a store may have; a running server heeds it within two seconds."

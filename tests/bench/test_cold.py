@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from server.bench import BenchError, BenchOptions, bench
 from server.bench.cold import Round, _verdict
+from server.bench.options import BenchError, BenchOptions
+from server.bench.run import bench
 from server.bench.session import Session
 
 from .fake import FakeServer

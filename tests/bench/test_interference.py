@@ -10,8 +10,8 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from server.bench import BenchError, BenchOptions
 from server.bench.interference import Interference, Meeting, play
+from server.bench.options import BenchError, BenchOptions
 from server.bench.report import _interference
 from server.bench.results import OK, Outcome
 from server.bench.scenarios import prefill_while_decoding

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from starlette.responses import JSONResponse
 
-from server.bench import BenchError, BenchOptions, bench, to_json
 from server.bench.neighbour import Phase, Round, _phase_of, _verdict
+from server.bench.options import BenchError, BenchOptions
 from server.bench.results import OK, Outcome, summarise
+from server.bench.run import bench, to_json
 from server.bench.session import Session
 from server.bench.traffic import Window
 

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from server.bench import BenchError, BenchOptions, machine, render, run_bench, to_json
+from server.bench import machine
 from server.bench.machine import Machine
 from server.bench.offline import faster, powers, shapes
 from server.bench.offline_report import OfflineReport
+from server.bench.options import BenchError, BenchOptions
+from server.bench.run import render, run_bench, to_json
 from tests.tiny import tiny_model
 
 OPTIONS = BenchOptions(offline=True, concurrency=2, adapters=2, rank=2, prompt_tokens=5, max_new_tokens=4, repeats=2, seed=7)

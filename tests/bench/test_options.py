@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from server.bench import BenchError, BenchOptions
+from server.bench.options import BenchError, BenchOptions
 
 
 def test_the_defaults_are_valid() -> None:

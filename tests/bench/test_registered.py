@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 from starlette.responses import JSONResponse
 
-from server.bench import BenchOptions, BenchReport, bench
+from server.bench.options import BenchOptions
 from server.bench.registered import Round, _figures
+from server.bench.report import BenchReport
+from server.bench.run import bench
 
 from .fake import FakeServer
 from .test_scenarios import _printed

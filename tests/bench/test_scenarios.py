@@ -10,8 +10,10 @@ import pytest
 from rich.console import Console
 from starlette.responses import JSONResponse
 
-from server.bench import BenchError, BenchOptions, BenchReport, bench, render, to_json
+from server.bench.options import BenchError, BenchOptions
+from server.bench.report import BenchReport
 from server.bench.results import Round
+from server.bench.run import bench, render, to_json
 from server.bench.scenarios import play_rounds
 
 from .fake import FakeServer

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 import pytest
 from starlette.responses import JSONResponse
 
-from server.bench import BenchError, BenchOptions
+from server.bench.options import BenchError, BenchOptions
 from server.bench.session import Session
 from server.bench.target import Target, connect
 from server.bench.tenants import tenants

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from server.bench import BenchError, BenchOptions, bench
 from server.bench.adapters import Files, make_adapter
 from server.bench.dimensions import Dimensions
+from server.bench.options import BenchError, BenchOptions
+from server.bench.run import bench
 from server.bench.versus_peft import PeftModel
 from server.bench.workload import Order, Prompt
 

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 from starlette.responses import JSONResponse
 
-from server.bench import BenchError, BenchOptions, bench
+from server.bench.options import BenchError, BenchOptions
 from server.bench.results import OK, Outcome
+from server.bench.run import bench
 from server.bench.traffic import Window
 from server.bench.weights import verdict
 
