@@ -210,7 +210,7 @@ struct TiledPanel {
 struct Ahead {  // memory wanted soon, fetched while the tile computes: `step` bytes for every k
     const void *p;
     index_t step;
-    ADAPTERD_INLINE void fetch(index_t k) const { __builtin_prefetch(static_cast<const char *>(p) + k * step, 0, 3); }
+    ADAPTERD_INLINE void fetch(index_t k) const { __builtin_prefetch(static_cast<const char *>(p) + k * step, 0, 2); }
 };
 
 // Memory that will be read piece after piece, fetched a few cache lines at a time.
@@ -231,7 +231,7 @@ class Stream {
                 if (next_ == pieces_.size()) return;
                 at_ = pieces_[next_].p, left_ = pieces_[next_].lines, next_++;
             }
-            __builtin_prefetch(at_, 0, 3);
+            __builtin_prefetch(at_, 0, 2);
             at_ += LINE, left_--;
         }
     }
