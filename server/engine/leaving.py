@@ -47,16 +47,16 @@ class Leaving:
         self._until = {pair: until for pair, until in self._until.items() if digest not in pair}
 
     def take(self) -> list[tuple[Digest, Digest]]:
-        """Those that can go now."""
-        return [pair for pair, until in list(self._until.items()) if self._can_go(pair, until)]
+        """Those that can go now. Who has grace left is looked at again, in case it comes back."""
+        now, going = self._clock(), list[tuple[Digest, Digest]]()
+        for pair, until in list(self._until.items()):
+            if self._can_go(pair[0], grace=now < until):
+                going.append(pair)
+                if now >= until:
+                    del self._until[pair]
+        return going
 
-    def _can_go(self, pair: tuple[Digest, Digest], until: float) -> bool:
-        digest, _ = pair
-        over = self._clock() >= until
-        if not over and not self._residency.is_resident(digest):
-            return False  # nothing to do, but it may come back
-        if self._residency.is_needed(digest) or self._awaited(digest):
-            return False
-        if over:
-            del self._until[pair]
-        return True
+    def _can_go(self, digest: Digest, *, grace: bool) -> bool:
+        if grace and not self._residency.is_resident(digest):
+            return False  # there is nothing to do yet
+        return not self._residency.is_needed(digest) and not self._awaited(digest)
