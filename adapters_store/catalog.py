@@ -179,13 +179,20 @@ class Catalog:
         with self._read() as db:
             return db.execute(select(func.count()).select_from(names.subquery())).scalar_one()
 
-    def delete(self, tenant: str, name: str, version: int | None) -> None:
-        """Hides one version, or all of them; `collect` forgets them later. Raises: NotFound when none is live."""
-        which = [_is(versions, tenant, name), _live, *_numbered(version)]
+    def delete(self, tenant: str, name: str, version: int | None) -> frozenset[Digest]:
+        """Hides one version, or all of them; `collect` forgets them later. Returns the contents that no live version has now.
+
+        Raises: NotFound when none is live.
+        """
+        now, which = self._clock(), [_is(versions, tenant, name), *_numbered(version)]
+        twin = versions.alias()
+        named = select(twin.c.version).where(twin.c.digest == versions.c.digest, twin.c.deleted_at.is_(None))
+        gone = select(versions.c.digest).where(*which, versions.c.deleted_at == now, ~named.exists())
         with self._write() as db:
-            done = db.execute(update(versions).where(*which).values(deleted_at=self._clock()))
+            done = db.execute(update(versions).where(*which, _live).values(deleted_at=now))
             if not done.rowcount:
                 raise _no_adapter(name, version)
+            return frozenset(db.execute(gone).scalars())
 
     def collect(self, before: datetime) -> None:
         """Forgets versions deleted at or before `before`, and which blobs they needed. Their numbers stay used."""

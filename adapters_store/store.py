@@ -168,8 +168,10 @@ class Store(Access, Upkeep):
         """What counts against a tenant's quota."""
         return self._catalog.usage(check_name("tenant", tenant))
 
-    def delete(self, tenant: str, name: str, version: int | None = None) -> None:
+    def delete(self, tenant: str, name: str, version: int | None = None) -> frozenset[Digest]:
         """Deletes one version, or the adapter. At once for everybody who asks by name; `gc` frees the space.
+
+        Returns the digests that no name leads to any more: another name of the tenant's may have the same content.
 
         Requests that run on it can still load its `files` until `gc`'s grace is over. A later upload under the name
         goes on counting. Users bound to the adapter stay bound: their requests fail as for any missing adapter, rather
@@ -178,7 +180,7 @@ class Store(Access, Upkeep):
         Raises: NotFound.
         """
         check_name("tenant", tenant)
-        self._catalog.delete(tenant, check_name("adapter_id", name), version)
+        return self._catalog.delete(tenant, check_name("adapter_id", name), version)
 
     def files(self, digest: Digest) -> Mapping[str, Path]:
         """File name -> local file of the content that a record's `digest` names. Sizes are checked, bytes by `verify`.

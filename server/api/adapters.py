@@ -250,7 +250,6 @@ def _delete(services: Services, owner: str, name: str, version: int | None) -> l
     store, engine = services.store, services.client.engine
     record = _owned(store, owner, name, version)
     gone = [record.digest] if version is not None else [record.digest for record in store.versions(owner, name)]
-    store.delete(owner, name, version)
-    for digest in gone:
+    for digest in store.delete(owner, name, version):
         engine.unload(digest, deleted=True)
     return gone

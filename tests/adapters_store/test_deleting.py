@@ -28,6 +28,15 @@ def test_a_deleted_adapter_is_gone_at_once_and_its_numbers_stay_used(store: Stor
     assert (record.version, created) == (3, True)
 
 
+def test_deleting_tells_which_contents_no_name_leads_to_any_more(store: Store, upload: Upload) -> None:
+    one, two = (upload(store, "acme", "support", a=content)[0].digest for content in (b"1", b"2"))
+    upload(store, "acme", "support", a=b"1")
+    upload(store, "acme", "sales", a=b"2")
+    assert store.delete("acme", "support", 3) == frozenset(), "version 1 has the same"
+    assert store.delete("acme", "support") == {one}, "sales has version 2's"
+    assert store.delete("acme", "sales") == {two}
+
+
 def test_deleting_the_newest_version_brings_back_the_one_before(store: Store, upload: Upload) -> None:
     first, _ = upload(store, "acme", "support", a=b"1")
     upload(store, "acme", "support", a=b"2")

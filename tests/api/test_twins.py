@@ -136,6 +136,16 @@ async def test_unloading_or_deleting_leaves_the_twin_where_it_is(tenants: Tenant
     assert {name: file.read_bytes() for name, file in tenants.store.files(mine).items()} == FILES
 
 
+async def test_deleting_one_of_two_names_of_the_same_content_leaves_it_where_it_is(tenants: Tenants) -> None:
+    for name in ("support", "sales"):
+        await tenants.upload(tenants.acme, name)
+    await tenants.acme.post("/adapters/support/load")
+    assert (await tenants.acme.delete("/adapters/sales")).is_success
+    assert (await tenants.acme.get("/adapters/support")).json()["state"] == "resident"
+    assert (await tenants.acme.delete("/adapters/support")).is_success
+    assert tenants.engine.resident == {}
+
+
 async def test_what_the_twin_has_in_memory_saves_no_read(tenants: Tenants) -> None:
     """Else the time of a load would tell that somebody uses these files."""
     mine = (await tenants.upload(tenants.acme))["digest"]

@@ -29,7 +29,6 @@ def _quiet() -> Iterator[None]:
 
 
 def walk(walks: int) -> None:
-    Isolation.seen.clear()
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         Isolation,
         settings=settings(
@@ -44,14 +43,21 @@ def test_the_oracle_can_tell_all_contents_apart() -> None:
 
 
 def test_tenants_with_equal_names_and_files_are_isolated_in_a_short_walk() -> None:
+    Isolation.seen.clear()
     walk(6)
     assert Isolation.seen["steps"] > 100
 
 
 @pytest.mark.slow
 def test_tenants_with_equal_names_and_files_are_isolated_in_a_thousand_steps() -> None:
-    walk(WALKS)
+    """And on, until all that may happen has: walks are drawn at random, and some draw no adapter that breaks."""
     seen = Isolation.seen
-    assert seen["steps"] >= 1000
+    seen.clear()
     met = {"answered", "cancelled", "cached", "deleted", "evictions", "foreign", "preemptions", "replaced"}
-    assert met | {f"{content} broke" for content in BROKEN} <= seen.keys(), seen
+    met |= {f"{content} broke" for content in BROKEN}
+    for _ in range(5):
+        walk(WALKS)
+        if met <= seen.keys():
+            break
+    assert seen["steps"] >= 1000
+    assert met <= seen.keys(), seen
