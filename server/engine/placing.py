@@ -20,7 +20,7 @@ from ..errors import AdapterdError, GenerationError
 from ..memory import out_of_memory
 from ..methods.base import Adapter
 from ..model.runner import Runner
-from .leaving import Leaving
+from .leaving import Leaving, Pair
 from .loading import HostCache
 from .plan import Change, Copy, Evict, Fill, Put
 from .scheduler import Scheduler
@@ -154,20 +154,20 @@ class Placing:
         What is needed (`derived`, which is made from it, may be on its way) goes later, what comes back in `grace` seconds too.
         """
         made = {each for each, sources in self._sources.items() if digest in sources}
-        self._leaving.add((digest, *made, *derived), digest, grace)
+        pairs = self._leaving.add({digest, *made, *derived}, digest, grace)
         self._cache.discard(digest)
         was_resident = self._scheduler.residency.is_resident(digest)
         if not was_resident:
             self._scheduler.forget(digest)  # it was evicted before, and its prefix stayed
-        self._let_go()
+        self._let_go(pairs)
         return was_resident and not self._scheduler.residency.is_resident(digest)
 
     def stay(self, digest: Digest) -> None:
         """What was told to leave is wanted again."""
         self._leaving.stay(digest)
 
-    def _let_go(self) -> None:
-        for digest, unloaded in self._leaving.take():
+    def _let_go(self, among: Iterable[Pair] | None = None) -> None:
+        for digest, unloaded in self._leaving.take(among):
             self._cache.discard(unloaded)  # a load that was under way has put it there since
             self._scheduler.forget(digest)
             self.withdraw(digest)

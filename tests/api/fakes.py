@@ -74,6 +74,7 @@ class FakeEngine:
     submitted: list[Request] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     resident: dict[Digest, tuple[str, str | None]] = field(default_factory=dict)
+    unloads: list[tuple[Digest, bool]] = field(default_factory=list)  # and whether it was deleted
 
     def __post_init__(self) -> None:
         self._change = threading.Condition()
@@ -111,6 +112,7 @@ class FakeEngine:
         return future
 
     def unload(self, digest: Digest, *, deleted: bool = False) -> bool:
+        self.unloads.append((digest, deleted))
         return self.resident.pop(digest, None) is not None
 
     def residency(self, digest: Digest) -> tuple[str, str | None]:

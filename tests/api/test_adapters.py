@@ -203,6 +203,7 @@ async def test_load_and_unload(world: World) -> None:
     for _ in range(2):
         dropped = await world.http.post("/adapters/org/a/unload")
         assert (dropped.status_code, dropped.json()["state"]) == (200, "stored")
+    assert world.engine.unloads == [(dropped.json()["digest"], False)] * 2
 
 
 async def test_load_that_fails(world: World) -> None:
@@ -219,6 +220,7 @@ async def test_delete(world: World) -> None:
     await world.http.post("/adapters/a/load")
     assert (await world.http.delete("/adapters/a?version=2")).status_code == 204
     assert digest not in world.engine.resident
+    assert world.engine.unloads == [(digest, True)]
     assert (await world.http.get("/adapters/a")).json()["version"] == 1
     assert (await world.http.delete("/adapters/a")).status_code == 204
     assert (await world.http.get("/adapters/a")).status_code == 404

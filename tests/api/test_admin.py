@@ -65,6 +65,7 @@ async def test_deleting_a_tenant_with_adapters_takes_a_word(guarded: World) -> N
     assert (await guarded.http.delete("/admin/tenants/acme?adapters=true")).status_code == 204
     assert (await guarded.http.get("/adapters/support", headers=acme)).status_code == 401, "here at once"
     assert guarded.engine.resident == {}
+    assert guarded.engine.unloads == [(record.digest, True)]
 
 
 async def test_a_keys_life(guarded: World) -> None:

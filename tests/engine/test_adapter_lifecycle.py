@@ -99,6 +99,20 @@ def test_unloading_drops_host_memory_and_shared_prefixes_too(
     assert gate.loads == [DIGESTS["kv"]] * 2
 
 
+@pytest.mark.parametrize("deleted", [True, False])
+def test_who_asks_for_an_adapter_after_it_was_deleted_leaves_nothing_of_it(
+    deleted: bool, run: Callable[..., Running], expected: dict[str, list[int]]
+) -> None:
+    """It was found by name before; an adapter that was only unloaded may come back."""
+    running = run()
+    running.engine.unload(DIGESTS["a"], deleted=deleted)
+    running.submit("a", "a")
+    assert running.tokens("a") == expected["a"]
+    running.submit("behind it")  # a request later, whoever had to go is gone
+    assert running.tokens("behind it") == expected["base"]
+    assert running.engine.residency(DIGESTS["a"])[0] == ("stored" if deleted else "resident")
+
+
 def test_warming_several_is_done_when_the_last_is_there(run: Callable[..., Running]) -> None:
     running = run()
     digests = tuple(DIGESTS[name] for name in ("a", "b", "kv"))
