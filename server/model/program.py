@@ -36,12 +36,8 @@ _HIDDEN = 0  # the address that stands for the hidden states, which run through 
 class Instructed(Protocol):
     """A prepared call that can be an instruction of a layer."""
 
-    @property
-    def space(self) -> int:
-        """Floats it needs for itself."""
-
-    def words(self, x: int, y: int, low: int) -> Words:
-        """With the addresses of its input, its output and its space."""
+    def words(self, x: int, y: int) -> Words:
+        """With the addresses of its input and its output."""
 
 
 @dataclass(frozen=True)
@@ -265,8 +261,8 @@ def _instructions(parts: LayerParts, layer: LayerAttention, tokens: int, space: 
     blocks, size = layer.keys.shape[:2]
     caches = (layer.keys.data_ptr(), layer.values.data_ptr())
     found: list[Sequence[Words] | None] = [
-        _normed(parts.norm, normed, space),
-        *(_adapted(module, normed, wide[name], space) for name, module in (("q", parts.q), ("k", parts.k), ("v", parts.v))),
+        _normed(parts.norm, normed),
+        *(_adapted(module, normed, wide[name]) for name, module in (("q", parts.q), ("k", parts.k), ("v", parts.v))),
         [
             (opcodes.WRITE, wide["q"], wide["k"], wide["v"], *caches, blocks, size, at.heads, at.kv_heads, at.dim),
             (
@@ -274,19 +270,19 @@ def _instructions(parts: LayerParts, layer: LayerAttention, tokens: int, space: 
                 _number(at.scale), at.window, _number(at.softcap), mixed,
             ),
         ],
-        _adapted(parts.o, mixed, out, space, own_input=True),
+        _adapted(parts.o, mixed, out, own_input=True),
         [(opcodes.ADD, out, _HIDDEN, parts.o.out_features)],
-        _normed(parts.second_norm, normed, space),
-        _adapted(gate_proj, normed, gate, space),
-        _adapted(up_proj, normed, up, space),
+        _normed(parts.second_norm, normed),
+        _adapted(gate_proj, normed, gate),
+        _adapted(up_proj, normed, up),
         [(_activation(parts.gated), gate, up, gate, gate_proj.out_features)],
-        _adapted(down_proj, gate, out, space, own_input=True),
+        _adapted(down_proj, gate, out, own_input=True),
         [(opcodes.ADD, out, _HIDDEN, down_proj.out_features)],
     ]  # fmt: skip
     return None if None in found else [words for some in found if some is not None for words in some]
 
 
-def _normed(module: nn.Module, out: int, space: Space) -> list[Words] | None:
+def _normed(module: nn.Module, out: int) -> list[Words] | None:
     """A norm of the hidden states, and what this step's adapters do to it."""
     norm, extension = cast("RMSNorm", module.forward), cast("Extension | None", module.extension)
     words = (opcodes.NORM, _HIDDEN, out, norm.scale.data_ptr(), norm.scale.numel(), _number(norm.eps))
@@ -295,7 +291,7 @@ def _normed(module: nn.Module, out: int, space: Space) -> list[Words] | None:
     before, after = extension.runs_before(), extension.runs()
     if before is None or before or after is None:
         return None
-    found = [_words(run, _HIDDEN, out, space) for run in after]
+    found = [_words(run, _HIDDEN, out) for run in after]
     return None if None in found else [words, *(w for w in found if w is not None)]
 
 
@@ -303,7 +299,7 @@ def _activation(gated: GatedMLP) -> int:
     return opcodes.SILU_MUL if gated.kernel == gated.native.silu_mul else opcodes.GELU_TANH_MUL
 
 
-def _adapted(module: PackedModule, x: int, y: int, space: Space, *, own_input: bool = False) -> list[Words] | None:
+def _adapted(module: PackedModule, x: int, y: int, *, own_input: bool = False) -> list[Words] | None:
     """A projection, and what this step's adapters do to it; None where that has to be called.
 
     An adapter that acts on the input needs one that no other module reads.
@@ -315,17 +311,17 @@ def _adapted(module: PackedModule, x: int, y: int, space: Space, *, own_input: b
     if before is None or after is None or (before and not own_input):
         return None
     acts = [*((run, x, x) for run in before), *((run, x, y) for run in after)]
-    found = [_words(run, given, changed, space) for run, given, changed in acts]
+    found = [_words(run, given, changed) for run, given, changed in acts]
     if None in found:
         return None
     acted = [words for words in found if words is not None]
     return [*acted[: len(before)], module.packed.words(x, y), *acted[len(before) :]]
 
 
-def _words(run: object, x: int, y: int, space: Space) -> Words | None:
+def _words(run: object, x: int, y: int) -> Words | None:
     """A prepared call as an instruction, None where there is none for it."""
     if isinstance(run, Instructed):
-        return run.words(x, y, space.of("low", run.space))
+        return run.words(x, y)
     if not isinstance(run, AddRows | MulRows) or run.vectors.dtype is not torch.float32:
         return None
     kind = opcodes.ADD_ROWS if isinstance(run, AddRows) else opcodes.MUL_ROWS

@@ -238,7 +238,7 @@ def test_a_program_that_breaks_a_rule_runs_nothing(native: NativeKernels) -> Non
     for index, slot, message in (([0, 2], [1, 1], "index names a row"), ([0, 1], [1, 3], "slot names a slot")):
         run = native.lora_over(a, b, torch.tensor(index), torch.tensor(slot))
         with pytest.raises(ValueError, match=message):
-            native.layer(instructions(add, run.words(0, 0, torch.empty(run.space).data_ptr())), frame(hidden))
+            native.layer(instructions(add, run.words(0, 0)), frame(hidden))
     write = torch.tensor([0, 99])
     with pytest.raises(ValueError, match="write names a position outside"):
         native.layer(instructions(add, (opcodes.WRITE, 0, 0, 0, 0, 0, 2, 8, 1, 1, 8)), frame(hidden, write=write.data_ptr()))

@@ -152,11 +152,11 @@ void announce(const Call &c, const Task &t, index_t chunk, Range seen, Stream &c
     constexpr index_t size = sizeof(float);
     each_page(c, t, chunk, seen, [&](index_t, index_t page, index_t offset, index_t count) ADAPTERD_LAMBDA {
         const float *k = c.k + page * c.dim * c.block_size;
-        if (c.block_size <= CHUNK) return coming.add(k, c.dim * c.block_size * size);
-        for (index_t d = 0; d < c.dim; d++) coming.add(k + d * c.block_size + offset, count * size);
+        if (c.block_size <= CHUNK) return coming.add(k, Stream::lines(c.dim * c.block_size * size));
+        for (index_t d = 0; d < c.dim; d++) coming.add(k + d * c.block_size + offset, Stream::lines(count * size));
     });
     each_page(c, t, chunk, seen, [&](index_t, index_t page, index_t offset, index_t count) ADAPTERD_LAMBDA {
-        coming.add(c.v + (page * c.block_size + offset) * c.dim, count * c.dim * size);
+        coming.add(c.v + (page * c.block_size + offset) * c.dim, Stream::lines(count * c.dim * size));
     });
 }
 

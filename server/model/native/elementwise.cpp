@@ -141,22 +141,22 @@ void team_gelu_tanh_mul(const float *gate, const float *up, float *y, index_t ro
     each(rows, [=](index_t r) { gated_row(gate + r * width, up + r * width, y + r * width, width, gelu_tanh); });
 }
 
-void team_add_rows(float *y, const float *vectors, const std::int64_t *index, const std::int64_t *slot, index_t n,
-                   index_t width) {
-    each(n, [=](index_t r) {
-        float *to = y + index[r] * width;
-        const float *own = vectors + slot[r] * width;
-        for (index_t i = 0; i < width; i++) to[i] += own[i];
-    });
+void change(const RowsCall &c, index_t i, Range columns) {
+    float *to = c.y + c.index[i] * c.width;
+    const float *own = c.vectors + c.slot[i] * c.width;
+    if (c.multiply)
+        for (index_t j = columns.from; j < columns.to; j++) to[j] *= own[j];
+    else
+        for (index_t j = columns.from; j < columns.to; j++) to[j] += own[j];
 }
 
-void team_mul_rows(float *y, const float *vectors, const std::int64_t *index, const std::int64_t *slot, index_t n,
-                   index_t width) {
-    each(n, [=](index_t r) {
-        float *to = y + index[r] * width;
-        const float *own = vectors + slot[r] * width;
-        for (index_t i = 0; i < width; i++) to[i] *= own[i];
-    });
+void team_rows(const RowsCall &c) {
+    each(c.n, [&](index_t i) { change(c, i, {0, c.width}); });
+}
+
+void rows_change(const RowsCall &c, Range rows, Range columns) {
+    for (index_t i = 0; i < c.n; i++)
+        if (c.index[i] >= rows.from && c.index[i] < rows.to) change(c, i, columns);
 }
 
 void team_add(const float *x, float *y, index_t rows, index_t width) {

@@ -223,7 +223,7 @@ class NativeKernels:
         return out
 
     def layer(self, program: Tensor, frame: Tensor) -> None:
-        """Run a decoder layer's instructions: program [count, 16], frame [12], int64 words as `layer.cpp` reads them.
+        """Run a decoder layer's instructions: program [count, 16], frame [12], int64 words as `program.h` reads them.
 
         Addresses in them are not checked; index ranges are. Raises: ValueError naming the rule that an index breaks.
         """

@@ -8,6 +8,8 @@
 // Few rows: bound by reading the panels. Many rows: bound by arithmetic, so a block of rows stays in the second-level
 // cache while the panels pass. bf16 and int8 are widened in registers at any number of rows: that costs less than a
 // second copy in memory.
+#include <algorithm>
+
 #include "kernels.h"
 #include "simd.h"
 #include "team.h"
@@ -20,91 +22,170 @@ namespace {
 
 constexpr index_t BLOCK_BYTES = 1 << 20;  // rows of x that stay in the second-level cache while panels pass
 
-struct Call {
-    const float *x;
-    const void *panels;
-    const float *bias;
-    float *y;
-    index_t m, n, k;
+// A panel of a linear for some of its rows.
+struct Task {
+    const Linear *linear = nullptr;
+    index_t block = 0, panel = 0;
+
+    Range rows() const { return linear->tiling().block(block); }
+    index_t column() const { return panel * PANEL; }
+    index_t end() const { return std::min(column() + PANEL, linear->n); }
 };
 
-void write_tail(const Call &c, index_t row, int rows, index_t column, const float *buffer) {
-    for (int r = 0; r < rows; r++)
-        std::memcpy(c.y + (row + r) * c.n + column, buffer + r * PANEL, (c.n - column) * sizeof(float));
+index_t row_bytes(const Linear &c) { return PANEL * (c.form == INT8 ? 1 : c.form == FP32 ? 4 : 2); }
+index_t depth(const Linear &c) { return c.form == TILES ? (c.k + 31) / 32 * 32 : c.k; }
+index_t header(const Linear &c) { return c.form == INT8 ? PANEL * static_cast<index_t>(sizeof(float)) : 0; }
+index_t panels_of(const Linear &c) { return (c.n + PANEL - 1) / PANEL; }
+
+const char *weights(const Task &t) {
+    const Linear &c = *t.linear;
+    return static_cast<const char *>(c.panels) + t.panel * (header(c) + depth(c) * row_bytes(c)) + header(c);
 }
 
-void scale(const Call &c, Range block, index_t column, const float *scales) {
-    index_t width = c.n - column < PANEL ? c.n - column : PANEL;
-    for (index_t r = block.from; r < block.to; r++)
-        for (index_t j = 0; j < width; j++) c.y[r * c.n + column + j] *= scales[j];
-}
-
-void add_bias(const Call &c, Range block, index_t column) {
-    index_t width = c.n - column < PANEL ? c.n - column : PANEL;
-    for (index_t r = block.from; r < block.to; r++)
-        for (index_t j = 0; j < width; j++) c.y[r * c.n + column + j] += c.bias[column + j];
+// What stands between a product and what it is to be, in some rows of a panel.
+void finish(const Task &t, Range rows) {
+    const Linear &c = *t.linear;
+    Range columns{t.column(), t.end()};
+    auto each_output = [&](auto f) {
+        for (index_t r = rows.from; r < rows.to; r++)
+            for (index_t j = columns.from; j < columns.to; j++) f(c.y[r * c.n + j], j);
+    };
+    const float *scales = reinterpret_cast<const float *>(weights(t)) - PANEL;
+    if (c.form == INT8) each_output([&](float &y, index_t j) { y *= scales[j - columns.from]; });
+    if (c.bias) each_output([&](float &y, index_t j) { y += c.bias[j]; });
+    for (const Behind *b = c.behind; b != c.behind + c.behinds; b++)
+        if (b->kind == Behind::LORA)
+            lora_up(b->lora, rows, columns);
+        else
+            rows_change(b->rows, rows, columns);
 }
 
 template <typename W>
-void panel_product(const Call &c, Range block, index_t column, W w, Ahead ahead) {
-    index_t rows = block.to - block.from, tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
-    bool whole = column + PANEL <= c.n;
+void panel_product(const Task &t, W w, Ahead ahead) {
+    const Linear &c = *t.linear;
+    bool whole = t.column() + PANEL <= c.n;
     float buffer[MAX_ROWS * PANEL];
-    for (index_t t = 0; t < tiles; t++) {
-        index_t row = block.from + rows * t / tiles;
-        int height = static_cast<int>(block.from + rows * (t + 1) / tiles - row);
-        float *out = whole ? c.y + row * c.n + column : buffer;
-        tile_of<MAX_ROWS, VECTORS>(height, c.x + row * c.k, c.k, w, c.k, out, whole ? c.n : PANEL, false, ahead);
+    Range block = t.rows();
+    for (index_t i = 0; i < Tiling::tiles(block); i++) {
+        Range rows = Tiling::tile(block, i);
+        int height = static_cast<int>(rows.to - rows.from);
+        float *y = c.y + rows.from * c.n + t.column();
+        float *out = whole ? y : buffer;
+        tile_of<MAX_ROWS, VECTORS>(height, c.x + rows.from * c.k, c.k, w, c.k, out, whole ? c.n : PANEL, false, ahead);
         ahead.p = static_cast<const char *>(ahead.p) + ahead.step * c.k;
-        if (!whole) write_tail(c, row, height, column, buffer);
+        for (int r = 0; r < height && !whole; r++)
+            std::memcpy(y + r * c.n, buffer + r * PANEL, (c.n - t.column()) * sizeof(float));
+        finish(t, rows);
     }
 }
 
-// The next panel is fetched evenly over this panel's tiles: the first tile would otherwise wait for memory alone.
-Ahead next_panel(const void *panel, index_t row_bytes, index_t k, Range block) {
-    index_t tiles = (block.to - block.from + MAX_ROWS - 1) / MAX_ROWS;
-    return {static_cast<const char *>(panel) + row_bytes * k, row_bytes / tiles};
+// f(LoRA, first, step) of every LoRA of a stage: this member's groups.
+template <typename F>
+ADAPTERD_INLINE bool each_lora(const Stage &s, F f) {
+    index_t before = 0, size = member.size;
+    for (index_t i = 0; i < s.count; i++)
+        for (const Behind *b = s.linears[i].behind; b != s.linears[i].behind + s.linears[i].behinds; b++)
+            if (b->kind == Behind::LORA) {
+                f(b->lora, ((member.place - before) % size + size) % size, size);
+                before += count_of(*b->lora.runs);
+            }
+    return before;
 }
 
-void one_panel(const Call &c, Range block, index_t p, int form) {
-    index_t row_bytes = PANEL * (form == INT8 ? 1 : form == FP32 ? 4 : 2), depth = form == TILES ? (c.k + 31) / 32 * 32 : c.k;
-    index_t header = form == INT8 ? PANEL * sizeof(float) : 0, column = p * PANEL;
-    const char *scales = static_cast<const char *>(c.panels) + p * (header + depth * row_bytes), *panel = scales + header;
-    Ahead ahead = next_panel(panel, row_bytes, depth, block);
-    if (form == INT8)
-        panel_product(c, block, column, Rows<std::int8_t>{reinterpret_cast<const std::int8_t *>(panel), PANEL}, ahead);
-    else if (form == TILES)
-        panel_product(c, block, column, TiledPanel{reinterpret_cast<const std::uint32_t *>(panel)}, ahead);
-    else if (form == BF16)
-        panel_product(c, block, column, PairedPanel{reinterpret_cast<const std::uint32_t *>(panel)}, ahead);
+// What the next panel needs is fetched evenly over this panel's tiles: the first tile would otherwise wait for memory alone.
+Ahead ahead_of(const Task &t, const Task &next, Stream &stream) {
+    if (!next.linear) return {weights(t), 0, ~index_t{0}, &stream};
+    index_t tiles = Tiling::tiles(t.rows()), lines = 0, every = 1;
+    for (const Behind *b = next.linear->behind; b != next.linear->behind + next.linear->behinds; b++)
+        if (b->kind == Behind::LORA) lines += lora_wants(b->lora, next.column(), stream);
+    while (2 * every * lines <= tiles * t.linear->k && every < t.linear->k) every *= 2;
+    return {weights(next), row_bytes(*next.linear) / tiles, every - 1, &stream};
+}
+
+void one_panel(const Task &t, const Task &next) {
+    Stream &stream = fresh_stream();
+    const Linear &c = *t.linear;
+    const char *panel = weights(t);
+    Ahead ahead = ahead_of(t, next, stream);
+    if (c.form == INT8)
+        panel_product(t, Rows<std::int8_t>{reinterpret_cast<const std::int8_t *>(panel), PANEL}, ahead);
+    else if (c.form == TILES)
+        panel_product(t, TiledPanel{reinterpret_cast<const std::uint32_t *>(panel)}, ahead);
+    else if (c.form == BF16)
+        panel_product(t, PairedPanel{reinterpret_cast<const std::uint32_t *>(panel)}, ahead);
     else
-        panel_product(c, block, column, Rows<float>{reinterpret_cast<const float *>(panel), PANEL}, ahead);
-    if (form == INT8) scale(c, block, column, reinterpret_cast<const float *>(scales));
-    if (c.bias) add_bias(c, block, column);
+        panel_product(t, Rows<float>{reinterpret_cast<const float *>(panel), PANEL}, ahead);
 }
 
-void team_panels(const Call &call, int form) {
-    index_t fitting = BLOCK_BYTES / (4 * (call.k > 0 ? call.k : 1)) / MAX_ROWS * MAX_ROWS;
-    index_t height = fitting > 4 * MAX_ROWS ? fitting : 4 * MAX_ROWS;
-    index_t blocks = (call.m + height - 1) / height, count = (call.n + PANEL - 1) / PANEL;
-    each(blocks * count, [&](index_t task) {
-        index_t b = task / count;
-        one_panel(call, {call.m * b / blocks, call.m * (b + 1) / blocks}, task % count, form);
-    });
+// Whether each panel serves the few rows of a prompt together with the others.
+bool is_both(const Linear &c) {
+    index_t before = c.vector_rows();
+    return before && before < c.m && few_for_tiles(c.m - before);
+}
+
+index_t panels_of(const Stage &s) {
+    index_t total = 0;
+    for (index_t i = 0; i < s.count; i++) total += panels_of(s.linears[i]);
+    return total;
+}
+
+// Of what each panel serves alone. Every block meets all panels of the stage before the next one does.
+index_t tasks_of(const Stage &s) { return is_both(*s.linears) ? 0 : s.linears->blocks * panels_of(s); }
+
+Task task_of(const Stage &s, index_t number) {
+    index_t panels = panels_of(s), panel = number % panels;
+    const Linear *c = s.linears;
+    for (; panel >= panels_of(*c); c++) panel -= panels_of(*c);
+    return {c, number / panels, panel};
+}
+
+Task following(const Stage &s, const Task &t) {
+    if (t.panel + 1 < panels_of(*t.linear)) return {t.linear, t.block, t.panel + 1};
+    bool last = t.linear + 1 == s.linears + s.count;
+    return {last ? s.linears : t.linear + 1, t.block + last, 0};
+}
+
+// The first of a member's tasks; none where it has none.
+Task first_of(const Stage *s) {
+    Range mine = s ? member.share(tasks_of(*s)) : Range{0, 0};
+    return mine.from < mine.to ? task_of(*s, mine.from) : Task{};
 }
 
 }  // namespace
 
-void tiled_panel(const float *x, const void *panels, const float *bias, float *y, index_t m, index_t n, index_t k, index_t p) {
-    one_panel({x, panels, bias, y, m, n, k}, {0, m}, p, TILES);
+Stream &fresh_stream() {
+    static thread_local Stream stream;
+    stream.clear();
+    return stream;
 }
 
-void team_linear(int form, const float *x, const void *panels, const float *bias, float *y, index_t m, index_t n,
-                 index_t k, index_t prompt, std::uint16_t *space, const std::vector<AdaptedRows> *adapted) {
-    index_t before = form == TILES && prompt < m ? prompt : m;
-    if (before && before < m && few_for_tiles(m - before)) return team_both(x, panels, bias, y, m, n, k, before, space, adapted);
-    if (before) team_panels({x, panels, bias, y, before, n, k}, form);
-    if (before < m) team_tiles(x, panels, bias, y, m, n, k, before, space, adapted);
+index_t Tiling::tile_end(index_t row) const {
+    Range own = block(((row + 1) * blocks - 1) / rows);
+    index_t count = tiles(own), height = own.to - own.from;
+    return tile(own, ((row - own.from + 1) * count - 1) / height).to;
+}
+
+index_t blocks_of(const Linear &c) {
+    if (is_both(c)) return 1;
+    index_t fitting = BLOCK_BYTES / (4 * std::max<index_t>(c.k, 1)) / MAX_ROWS * MAX_ROWS;
+    index_t height = std::max<index_t>(fitting, 4 * MAX_ROWS);
+    return (c.vector_rows() + height - 1) / height;
+}
+
+void tiled_panel(const Linear &c, index_t p) { one_panel({&c, 0, p}, {}); }
+
+void team_linears(const Stage &s, const Stage *next) {
+    if (each_lora(s, lora_down)) member.meet();
+    Range mine = member.share(tasks_of(s));
+    Task task = first_of(&s);
+    for (index_t left = mine.to - mine.from; left > 0; left--) {
+        Task then = left > 1 ? following(s, task) : first_of(next);
+        one_panel(task, then);
+        task = then;
+    }
+    for (const Linear *c = s.linears; c != s.linears + s.count && c->vector_rows() < c->m; c++)
+        is_both(*c) ? both_panels(*c) : tile_rows(*c);
+    member.meet();
 }
 
 }  // namespace adapterd
@@ -118,5 +199,7 @@ ADAPTERD_EXPORT void adapterd_linear(int form, const float *x, const void *panel
     using namespace adapterd;
     static thread_local Scratch scratch;
     auto *space = form == TILES && prompt < m ? scratch.of<std::uint16_t>(tiles_space(k)) : nullptr;
-    in_team(m * n * k > PARALLEL_WORK, [&] { team_linear(form, x, panels, bias, y, m, n, k, prompt, space); });
+    Linear linear{form, x, panels, bias, y, m, n, k, prompt, space, nullptr, nullptr, 0, 0};
+    linear.blocks = blocks_of(linear);
+    in_team(m * n * k > PARALLEL_WORK, [&] { team_linears({&linear, 1}, nullptr); });
 }

@@ -3,9 +3,10 @@
 //
 //   A [slots, r, in], B [slots, r, out] (B is stored transposed, so both products read memory front to back)
 //
-// Rows of one slot that stand next to each other are taken four at a time, so that a prefill reads an adapter once per
-// four rows; a decode step over distinct adapters is bound by reading A and B. Rows of prompts through bf16 pools are left to
-// lora_tiles.cpp where the processor has tiles.
+// Neighbouring rows of one slot are taken together, so that a prefill reads an adapter once per few rows; a decode step over
+// distinct adapters is bound by reading A and B. Rows of prompts through bf16 pools are left to lora_tiles.cpp where the
+// processor has tiles.
+#include <algorithm>
 #include <vector>
 
 #include "kernels.h"
@@ -15,61 +16,47 @@
 namespace adapterd {
 namespace {
 
-constexpr int GROUP = 4;                   // rows of one slot taken together
-constexpr int WIDE = LANES == 16 ? 4 : 2;  // ranks, or vectors of columns, computed together with GROUP rows
+constexpr int GROUP = 4;                   // rows of one slot whose A x is computed together
+constexpr int WIDE = LANES == 16 ? 4 : 2;  // ranks computed together with GROUP rows
 constexpr index_t STRIP = 8 * PANEL;       // output columns of one task
 constexpr index_t LEAD = 256;              // cache lines that are fetched before they are needed
 
 }  // namespace
 
-struct Group {  // `count` rows of one slot, starting at row `from` of index and slot
-    index_t from, slot;
+struct Run {  // neighbouring rows of x and y that go through one slot; their A x begins at row `low`
+    index_t row, low, slot;
     int count;
 };
 
-struct LoraGroups {
-    std::vector<Group> groups;
-    index_t rows = 0;
+struct LoraRuns {
+    std::vector<Run> runs;           // by rows
+    std::vector<index_t> beginning;  // of each row, and the one behind the last: the first run there or behind it
 };
 
 namespace {
 
 template <typename T>
 struct Call {
-    const float *x;
-    float *y;
-    const T *a, *b;
-    const std::int64_t *index;
-    index_t in, out, rank;
-    float *low;  // [n, rank] A x
-    const Bend *between;  // null: nothing happens to it
-    Stream *stream;       // what this thread reads of the pools
-};
+    const LoraCall &c;
+    const T *a = static_cast<const T *>(c.a), *b = static_cast<const T *>(c.b);
+    const std::vector<Run> &runs = c.runs->runs;
 
-// Positions of `index` below `prompt`, by slots and neighbours.
-LoraGroups groups_of(const std::int64_t *index, const std::int64_t *slot, index_t n, index_t prompt) {
-    LoraGroups found;
-    std::vector<Group> &groups = found.groups;
-    for (index_t i = 0; i < n; i++) {
-        if (index[i] >= prompt) continue;
-        found.rows++;
-        if (!groups.empty() && groups.back().slot == slot[i] && groups.back().count < GROUP &&
-            groups.back().from + groups.back().count == i)
-            groups.back().count++;
-        else
-            groups.push_back({i, slot[i], 1});
-    }
-    return found;
-}
+    const float *x_of(const Run &run) const { return c.x + run.row * c.in; }
+    float *y_of(const Run &run) const { return c.y + run.row * c.out; }
+    float *low_of(const Run &run) const { return c.low + run.low * c.rank; }
+    const T *a_of(const Run &run) const { return a + run.slot * c.rank * c.in; }
+    const T *b_of(const Run &run) const { return b + run.slot * c.rank * c.out; }
+    index_t count() const { return static_cast<index_t>(runs.size()); }
+};
 
 // low[r][j] = sum over i of a[j][i] * x[r][i]: lanes along i, one accumulator each, then a fixed tree and the tail.
 template <int R, int J, typename T>
-ADAPTERD_INLINE void dots(const float *const *x, const T *a, index_t in, float *low, index_t ldl, Stream &stream) {
+ADAPTERD_INLINE void dots(const float *x, const T *a, index_t in, float *low, index_t ldl, Stream &stream) {
     vf acc[R][J] = {};
     index_t i = 0;
     for (; i + LANES <= in; i += LANES) {
         vf row[R];
-        for (int r = 0; r < R; r++) row[r] = load(x[r] + i);
+        for (int r = 0; r < R; r++) row[r] = load(x + r * in + i);
         stream.fetch(Stream::lines(J * LANES * sizeof(T)));
 #pragma GCC unroll 8
         for (int j = 0; j < J; j++) {
@@ -81,133 +68,155 @@ ADAPTERD_INLINE void dots(const float *const *x, const T *a, index_t in, float *
     for (int r = 0; r < R; r++)
         for (int j = 0; j < J; j++) {
             float total = sum(acc[r][j]);
-            for (index_t t = i; t < in; t++) total = fma(x[r][t], scalar(a + j * in + t), total);
+            for (index_t t = i; t < in; t++) total = fma(x[r * in + t], scalar(a + j * in + t), total);
             low[r * ldl + j] = total;
         }
 }
 
 template <int R, int J, typename T>
-void down(const Call<T> &c, Group g) {
-    const float *x[R];
-    for (int r = 0; r < R; r++) x[r] = c.x + c.index[g.from + r] * c.in;
-    const T *a = c.a + g.slot * c.rank * c.in;
-    float *low = c.low + g.from * c.rank;
+void down_rows(const float *x, const T *a, index_t in, index_t rank, float *low, Stream &stream) {
     index_t j = 0;
-    for (; j + J <= c.rank; j += J) dots<R, J>(x, a + j * c.in, c.in, low + j, c.rank, *c.stream);
-    for (; j < c.rank; j++) dots<R, 1>(x, a + j * c.in, c.in, low + j, c.rank, *c.stream);
+    for (; j + J <= rank; j += J) dots<R, J>(x, a + j * in, in, low + j, rank, stream);
+    for (; j < rank; j++) dots<R, 1>(x, a + j * in, in, low + j, rank, stream);
 }
 
-// Adds B's product to columns [o, to) in tiles of V vectors; returns the first column that is left over.
-template <int R, int V, typename T>
-ADAPTERD_INLINE index_t up_tiles(const Call<T> &c, Group g, const float *low, const T *b, index_t o, index_t to) {
-    constexpr index_t width = V * LANES;
-    float delta[R * width];
-    for (; o + width <= to; o += width) {
-        if (c.between)
-            for (int r = 0; r < R; r++)
-                std::memcpy(delta + r * width, c.between->out_bias + g.slot * c.out + o, width * sizeof(float));
-        tile<R, V>(low, c.rank, Rows<T>{b + o, c.out}, c.rank, delta, width, c.between != nullptr,
-                   Streamed{c.stream, Stream::lines(width * sizeof(T))});
-        for (int r = 0; r < R; r++) {
-            float *y = c.y + c.index[g.from + r] * c.out + o;
-            for (int v = 0; v < width; v += LANES) store(y + v, load(y + v) + load(delta + r * width + v));
+template <typename T>
+void down(const Call<T> &call, const Run &run, Stream &stream) {
+    const LoraCall &c = call.c;
+    const T *a = call.a_of(run);
+    for (int r = 0; r < run.count; r += GROUP) {
+        const float *x = call.x_of(run) + r * c.in;
+        float *low = call.low_of(run) + r * c.rank;
+        switch (run.count - r) {
+            case 1: down_rows<1, 2 * WIDE>(x, a, c.in, c.rank, low, stream); break;
+            case 2: down_rows<2, WIDE>(x, a, c.in, c.rank, low, stream); break;
+            case 3: down_rows<3, WIDE>(x, a, c.in, c.rank, low, stream); break;
+            default: down_rows<GROUP, WIDE>(x, a, c.in, c.rank, low, stream);
         }
     }
-    return o;
+    if (c.between) bend(*c.between, call.low_of(run), run.count, c.rank, run.slot);
 }
 
-template <int R, int V, typename T>
-void up(const Call<T> &c, Group g, index_t from, index_t to) {
-    const T *b = c.b + g.slot * c.rank * c.out;
-    const float *low = c.low + g.from * c.rank;
-    index_t o = up_tiles<R, V>(c, g, low, b, from, to);
-    o = up_tiles<R, 1>(c, g, low, b, o, to);
-    for (; o < to; o++)
-        for (int r = 0; r < R; r++) {
-            float total = c.between ? c.between->out_bias[g.slot * c.out + o] : 0;
-            for (index_t j = 0; j < c.rank; j++) total = fma(low[r * c.rank + j], scalar(b + j * c.out + o), total);
-            c.y[c.index[g.from + r] * c.out + o] += total;
+// Columns [o, o + V * LANES): B's sums go on where y's ended; with something between, they are sums of their own that begin
+// with a bias.
+template <int V, typename T>
+ADAPTERD_INLINE void up_strip(const Call<T> &call, const Run &run, index_t o) {
+    const LoraCall &c = call.c;
+    const float *low = call.low_of(run);
+    Rows<T> b{call.b_of(run) + o, c.out};
+    float *y = call.y_of(run) + o;
+    if (!c.between) return tile_of<MAX_ROWS, V>(run.count, low, c.rank, b, c.rank, y, c.out, true, Nothing{});
+    float own[MAX_ROWS * V * LANES];
+    for (int r = 0; r < run.count; r++)
+        std::memcpy(own + r * V * LANES, c.between->out_bias + run.slot * c.out + o, V * LANES * sizeof(float));
+    tile_of<MAX_ROWS, V>(run.count, low, c.rank, b, c.rank, own, V * LANES, true, Nothing{});
+    for (int r = 0; r < run.count; r++, y += c.out)
+        for (int v = 0; v < V * LANES; v += LANES) store(y + v, load(y + v) + load(own + r * V * LANES + v));
+}
+
+template <typename T>
+void up(const Call<T> &call, const Run &run, Range columns) {
+    const LoraCall &c = call.c;
+    index_t o = columns.from;
+    for (; o + PANEL <= columns.to; o += PANEL) up_strip<VECTORS>(call, run, o);
+    for (; o + LANES <= columns.to; o += LANES) up_strip<1>(call, run, o);
+    const T *b = call.b_of(run);
+    for (; o < columns.to; o++)
+        for (int r = 0; r < run.count; r++) {
+            const float *low = call.low_of(run) + r * c.rank;
+            float &y = call.y_of(run)[r * c.out + o], total = c.between ? c.between->out_bias[run.slot * c.out + o] : y;
+            for (index_t j = 0; j < c.rank; j++) total = fma(low[j], scalar(b + j * c.out + o), total);
+            y = c.between ? y + total : total;
         }
 }
 
+// A x of every `step`-th run. The As of distinct adapters come from memory one after another.
 template <typename T>
-void down(const Call<T> &c, Group g) {
-    switch (g.count) {
-        case 1: return down<1, 2 * WIDE>(c, g);
-        case 2: return down<2, WIDE>(c, g);
-        case 3: return down<3, WIDE>(c, g);
-        default: return down<GROUP, WIDE>(c, g);
-    }
+void downs(const Call<T> &call, index_t first, index_t step) {
+    Stream &stream = fresh_stream();
+    index_t last = -1;
+    for (index_t i = first; i < call.count(); last = call.runs[i].slot, i += step)
+        if (call.runs[i].slot != last) stream.add(call.a_of(call.runs[i]), Stream::lines(call.c.rank * call.c.in * sizeof(T)));
+    stream.fetch(LEAD);
+    for (index_t i = first; i < call.count(); i += step) down(call, call.runs[i], stream);
 }
 
 template <typename T>
-void up(const Call<T> &c, Group g, index_t from, index_t to) {
-    switch (g.count) {
-        case 1: return up<1, 2 * WIDE>(c, g, from, to);
-        case 2: return up<2, WIDE>(c, g, from, to);
-        case 3: return up<3, WIDE>(c, g, from, to);
-        default: return up<GROUP, WIDE>(c, g, from, to);
+void team(const Call<T> &call) {
+    index_t count = call.count(), out = call.c.out, strips = (out + STRIP - 1) / STRIP;
+    downs(call, member.place, member.size);
+    if (count >= 2 * member.size) {  // whole runs per thread, so that no thread waits for the others half-way
+        for (index_t i = member.place; i < count; i += member.size) up(call, call.runs[i], {0, out});
+        return member.meet();
     }
-}
-
-template <typename T>
-void first(const Call<T> &c, Group g) {
-    down(c, g);
-    if (c.between) bend(*c.between, c.low + g.from * c.rank, g.count, c.rank, g.slot);
-}
-
-// Groups that each have an adapter of their own: their A and B come from memory one after another.
-template <typename T>
-void run_decodes(const Call<T> &c, const std::vector<Group> &groups, Range mine) {
-    for (index_t g = mine.from; g < mine.to; g++) {
-        c.stream->add(c.a + groups[g].slot * c.rank * c.in, c.rank * c.in * sizeof(T));
-        c.stream->add(c.b + groups[g].slot * c.rank * c.out, c.rank * c.out * sizeof(T));
-    }
-    c.stream->fetch(LEAD);
-    for (index_t g = mine.from; g < mine.to; g++) {
-        first(c, groups[g]);
-        for (index_t o = 0; o < c.out; o += STRIP) up(c, groups[g], o, o + STRIP < c.out ? o + STRIP : c.out);
-    }
-}
-
-template <typename T>
-void run(Call<T> c, const LoraGroups &found) {
-    const std::vector<Group> &groups = found.groups;
-    static thread_local Stream stream;
-    stream.clear();
-    c.stream = &stream;
-    index_t count = static_cast<index_t>(groups.size()), strips = (c.out + STRIP - 1) / STRIP;
-    if (count >= 2 * threads) {  // whole groups per thread, so that no thread waits for the others half-way
-        if (found.rows < 2 * count) {
-            run_decodes(c, groups, member.share(count));
-            return member.meet();
-        }
-        return each_taken(count, [&](index_t g, index_t) {
-            first(c, groups[g]);
-            for (index_t from = 0; from < c.out; from += STRIP)
-                up(c, groups[g], from, from + STRIP < c.out ? from + STRIP : c.out);
-        });
-    }
-    each(count, [&](index_t g) { first(c, groups[g]); });
+    member.meet();
     each(count * strips, [&](index_t t) {
-        index_t from = t % strips * STRIP, to = from + STRIP < c.out ? from + STRIP : c.out;
-        up(c, groups[t / strips], from, to);
+        index_t from = t % strips * STRIP;
+        up(call, call.runs[t / strips], {from, std::min(from + STRIP, out)});
     });
 }
 
-template <typename T>
-Call<T> pools(const float *x, float *y, const void *a, const void *b, const std::int64_t *index, index_t in,
-              index_t out, index_t rank, float *low, const Bend *between) {
-    return {x, y, static_cast<const T *>(a), static_cast<const T *>(b), index, in, out, rank, low, between, nullptr};
+// f with the call as one over pools of their own type.
+template <typename F>
+ADAPTERD_INLINE auto typed(const LoraCall &c, F f) {
+    return c.bf16 ? f(Call<std::uint16_t>{c}) : f(Call<float>{c});
 }
 
 }  // namespace
 
-std::shared_ptr<LoraGroups> lora_groups(const std::int64_t *index, const std::int64_t *slot, index_t n, index_t prompt) {
-    return std::make_shared<LoraGroups>(groups_of(index, slot, n, prompt));
+std::shared_ptr<LoraRuns> lora_runs(const std::int64_t *index, const std::int64_t *slot, index_t n, Tiling tiling) {
+    auto found = std::make_shared<LoraRuns>();
+    std::vector<Run> &runs = found->runs;
+    for (index_t i = 0; i < n; i++)
+        if (index[i] < tiling.rows) runs.push_back({index[i], i, slot[i], 1});
+    auto before = [](const Run &a, const Run &b) { return a.row < b.row; };
+    if (!std::is_sorted(runs.begin(), runs.end(), before)) std::sort(runs.begin(), runs.end(), before);
+    index_t kept = 0, end = 0;
+    for (const Run &next : runs) {
+        Run &last = runs[kept ? kept - 1 : 0];
+        bool beside = last.row + last.count == next.row && last.low + last.count == next.low;
+        if (kept && beside && next.row < end && last.slot == next.slot) {
+            last.count++;
+            continue;
+        }
+        if (next.row >= end) end = tiling.tile_end(next.row);
+        runs[kept++] = next;
+    }
+    runs.resize(kept);
+    found->beginning.resize(tiling.rows + 1);
+    for (index_t row = tiling.rows, i = kept; row >= 0; row--) {
+        while (i && runs[i - 1].row >= row) i--;
+        found->beginning[row] = i;
+    }
+    return found;
 }
 
-index_t rows_of(const LoraGroups &groups) { return groups.rows; }
+index_t count_of(const LoraRuns &runs) { return static_cast<index_t>(runs.runs.size()); }
+
+void lora_down(const LoraCall &c, index_t first, index_t step) {
+    typed(c, [=](const auto &call) { downs(call, first, step); });
+}
+
+void lora_up(const LoraCall &c, Range rows, Range columns) {
+    typed(c, [=](const auto &call) {
+        const std::vector<index_t> &beginning = call.c.runs->beginning;
+        for (index_t i = beginning[rows.from]; i < beginning[rows.to]; i++) up(call, call.runs[i], columns);
+    });
+}
+
+index_t lora_wants(const LoraCall &c, index_t column, Stream &stream) {
+    return typed(c, [&](const auto &call) {
+        constexpr index_t bytes = sizeof *call.b, wide = Stream::lines(PANEL * bytes);
+        index_t last = -1, lines = 0;
+        for (const Run &run : call.runs) {
+            if (run.slot == last) continue;
+            last = run.slot, lines += c.rank * wide;
+            const char *b = reinterpret_cast<const char *>(call.b_of(run) + column);
+            for (index_t line = 0; line < wide; line++) stream.add(b + line * Stream::LINE, c.rank, c.out * bytes);
+        }
+        return lines;
+    });
+}
 
 std::vector<AdaptedRows> adapted_rows(const LoraPools &pools, index_t prompt) {
     std::vector<AdaptedRows> runs;
@@ -223,12 +232,8 @@ std::vector<AdaptedRows> adapted_rows(const LoraPools &pools, index_t prompt) {
     return runs;
 }
 
-void team_lora(bool bf16, const float *x, float *y, const void *a, const void *b, const std::int64_t *index,
-               const LoraGroups &groups, index_t in, index_t out, index_t rank, float *low, const Bend *between) {
-    if (bf16)
-        run(pools<std::uint16_t>(x, y, a, b, index, in, out, rank, low, between), groups);
-    else
-        run(pools<float>(x, y, a, b, index, in, out, rank, low, between), groups);
+void team_lora(const LoraCall &c) {
+    typed(c, [](const auto &call) { team(call); });
 }
 
 }  // namespace adapterd
@@ -246,11 +251,11 @@ ADAPTERD_EXPORT int adapterd_lora(int bf16, const float *x, float *y, const void
     static thread_local Scratch scratch;
     float *low = scratch.floats(n * rank + 1);
     if (!bf16 || !tiles_usable()) prompt = tokens;
-    LoraGroups groups = groups_of(index, slot, n, prompt);
+    std::shared_ptr<LoraRuns> runs = lora_runs(index, slot, n, {prompt < tokens ? prompt : tokens, 1});
     LoraPools pools{static_cast<const std::uint16_t *>(a), static_cast<const std::uint16_t *>(b), index, slot, n, in, out, rank};
     std::vector<AdaptedRows> prompts = prompt < tokens ? adapted_rows(pools, prompt) : std::vector<AdaptedRows>{};
     in_team(n * rank * (in + out) > PARALLEL_WORK, [&] {
-        if (groups.rows) team_lora(bf16 != 0, x, y, a, b, index, groups, in, out, rank, low);
+        if (count_of(*runs)) team_lora({bf16 != 0, x, y, a, b, runs.get(), in, out, rank, low, nullptr});
         if (!prompts.empty()) team_lora_tiles(prompts, x, y, in, out);
     });
     return 0;

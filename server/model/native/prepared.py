@@ -132,15 +132,10 @@ class LoraRun:
         if broken:
             raise ValueError(LORA_RULES[broken])
 
-    @property
-    def space(self) -> int:
-        """Floats of space that an instruction needs."""
-        return self.tokens * self.rank + 1
-
-    def words(self, x: int, y: int, low: int) -> tuple[int, ...]:
-        """As an instruction of a layer; addresses of x, y and of its space."""
+    def words(self, x: int, y: int) -> tuple[int, ...]:
+        """As an instruction of a layer; addresses of x and y."""
         width, out = self.widths
-        return (LORA, int(self.is_bf16), x, y, *self._at, self.tokens, self.slots, width, out, self.rank, low, self.prompt)
+        return (LORA, int(self.is_bf16), x, y, *self._at, self.tokens, self.slots, width, out, self.rank, self.prompt)
 
 
 class BottleneckRun:
@@ -173,14 +168,8 @@ class BottleneckRun:
         if broken:
             raise ValueError(LORA_RULES[broken])
 
-    @property
-    def space(self) -> int:
-        """Floats of space that an instruction needs."""
-        n, _, _, rank = self._sizes
-        return n * rank + 1
-
-    def words(self, x: int, y: int, low: int) -> tuple[int, ...]:
-        """As an instruction of a layer; addresses of x, y and of its space. Raises: ValueError unless x is y."""
+    def words(self, x: int, y: int) -> tuple[int, ...]:
+        """As an instruction of a layer; addresses of x and y. Raises: ValueError unless x is y."""
         if not self._own:
             raise ValueError("a bottleneck is an instruction only where it reads the output it adds to")
-        return (BOTTLENECK, self._activation, y, *self._at, *self._sizes, low)
+        return (BOTTLENECK, self._activation, y, *self._at, *self._sizes)

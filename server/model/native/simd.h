@@ -207,12 +207,6 @@ struct TiledPanel {
     }
 };
 
-struct Ahead {  // memory wanted soon, fetched while the tile computes: `step` bytes for every k
-    const void *p;
-    index_t step;
-    ADAPTERD_INLINE void fetch(index_t k) const { __builtin_prefetch(static_cast<const char *>(p) + k * step, 0, 2); }
-};
-
 // Memory that will be read piece after piece, fetched a few cache lines at a time.
 class Stream {
   public:
@@ -220,19 +214,20 @@ class Stream {
 
     void clear() { pieces_.clear(), next_ = 0, left_ = 0; }
     static constexpr index_t lines(index_t bytes) { return (bytes + LINE - 1) / LINE; }
-    void add(const void *p, index_t bytes) {
+    // `lines` cache lines, each `stride` bytes behind the one before.
+    void add(const void *p, index_t lines, index_t stride = LINE) {
         if (next_ >= KEPT) pieces_.erase(pieces_.begin(), pieces_.begin() + static_cast<index_t>(next_)), next_ = 0;
-        pieces_.push_back({static_cast<const char *>(p), lines(bytes)});
+        pieces_.push_back({static_cast<const char *>(p), lines, stride});
     }
 
     ADAPTERD_INLINE void fetch(index_t lines) {
         for (; lines > 0; lines--) {
             while (!left_) {
                 if (next_ == pieces_.size()) return;
-                at_ = pieces_[next_].p, left_ = pieces_[next_].lines, next_++;
+                at_ = pieces_[next_].p, left_ = pieces_[next_].lines, stride_ = pieces_[next_].stride, next_++;
             }
             __builtin_prefetch(at_, 0, 2);
-            at_ += LINE, left_--;
+            at_ += stride_, left_--;
         }
     }
 
@@ -241,19 +236,35 @@ class Stream {
 
     struct Piece {
         const char *p;
-        index_t lines;
+        index_t lines, stride;
     };
     std::vector<Piece> pieces_;
     std::size_t next_ = 0;
     const char *at_ = nullptr;
-    index_t left_ = 0;
+    index_t left_ = 0, stride_ = LINE;
 };
+
+// Memory wanted soon, fetched while the tile computes: `step` bytes of it for every k, and a line of the stream for every k
+// whose bits under `mask` are zero.
+struct Ahead {
+    const void *p;
+    index_t step, mask;
+    Stream *stream;
+    ADAPTERD_INLINE void fetch(index_t k) const {
+        __builtin_prefetch(static_cast<const char *>(p) + k * step, 0, 2);
+        if (!(k & mask)) stream->fetch(1);
+    }
+};
+
+// A thread's own stream, cleared. By reference and out of sight: a compiler that knows it for thread-local asks for its address
+// in every turn of a loop.
+Stream &fresh_stream();
 
 struct Nothing {
     ADAPTERD_INLINE void fetch(index_t) const {}
 };
 
-struct Streamed {  // of a tile that reads so many lines of the stream for every k
+struct Streamed {  // so many lines of a stream for every k
     Stream *stream;
     index_t lines;
     ADAPTERD_INLINE void fetch(index_t) const { stream->fetch(lines); }

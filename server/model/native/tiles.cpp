@@ -208,6 +208,11 @@ void by_rows(const Call &c, bf16 *pieces) {
     }
 }
 
+Call prompt_rows(const Linear &c) {
+    return {c.x + c.prompt * c.k, static_cast<const bf16 *>(c.panels), c.bias, c.y + c.prompt * c.n, c.m - c.prompt, c.n, c.k,
+            steps_of(c.k),        c.adapted,                           c.prompt};
+}
+
 }  // namespace
 
 bool tiles_usable() {
@@ -220,44 +225,36 @@ index_t tiles_space(index_t k) { return threads * own_space(steps_of(k)); }
 
 bool few_for_tiles(index_t rows) { return rows <= FEW; }
 
-void team_both(const float *x, const void *panels, const float *bias, float *y, index_t m, index_t n, index_t k,
-               index_t prompt, std::uint16_t *space, const std::vector<AdaptedRows> *adapted) {
-    Call call{x + prompt * k,  static_cast<const bf16 *>(panels), bias, y + prompt * n, m - prompt, n, k,
-              steps_of(k), adapted, prompt};
-    Range mine = member.share((n + PANEL - 1) / PANEL);
+void both_panels(const Linear &c) {
+    Call call = prompt_rows(c);
+    Range mine = member.share((c.n + PANEL - 1) / PANEL);
     configure();
-    Cut cut = cut_rows(call, {0, call.m}, space + member.place * own_space(call.steps));
+    Cut cut = cut_rows(call, {0, call.m}, c.space + member.place * own_space(call.steps));
     for (index_t p = mine.from; p < mine.to; p++) {
-        tiled_panel(x, panels, bias, y, prompt, n, k, p);
+        tiled_panel(c, p);
         strip<1>(call, cut, p, 0);
     }
     _tile_release();
-    member.meet();
 }
 
-void team_tiles(const float *x, const void *panels, const float *bias, float *y, index_t m, index_t n, index_t k,
-                index_t prompt, std::uint16_t *space, const std::vector<AdaptedRows> *adapted) {
-    Call call{x + prompt * k,  static_cast<const bf16 *>(panels), bias, y + prompt * n, m - prompt, n, k,
-              steps_of(k), adapted, prompt};
-    bf16 *pieces = space + member.place * own_space(call.steps);
+void tile_rows(const Linear &c) {
+    Call call = prompt_rows(c);
+    bf16 *pieces = c.space + member.place * own_space(call.steps);
     configure();
     if (call.m <= FEW)
         by_panels(call, pieces);
     else
         by_rows(call, pieces);
     _tile_release();
-    member.meet();
 }
 
 #else
 
 bool tiles_usable() { return false; }
 index_t tiles_space(index_t) { return 0; }
-void team_tiles(const float *, const void *, const float *, float *, index_t, index_t, index_t, index_t, std::uint16_t *,
-                const std::vector<AdaptedRows> *) {}
+void tile_rows(const Linear &) {}
 bool few_for_tiles(index_t) { return false; }
-void team_both(const float *, const void *, const float *, float *, index_t, index_t, index_t, index_t, std::uint16_t *,
-               const std::vector<AdaptedRows> *) {}
+void both_panels(const Linear &) {}
 
 #endif
 

@@ -169,8 +169,7 @@ class Pools:
 def run_behind(kernels: NativeKernels, linear: Tiled, x: Tensor, y: Tensor, pools: Sequence[Pools], prompt: int = 0) -> None:
     """A linear and what pools add to it, as the instructions of one program."""
     runs = [kernels.lora_over(each.a, each.b, each.index, each.slot, prompt) for each in pools]
-    low = torch.empty(max(run.space for run in runs))
-    acts = [run.words(x.data_ptr(), y.data_ptr(), low.data_ptr()) for run in runs]
+    acts = [run.words(x.data_ptr(), y.data_ptr()) for run in runs]
     program = torch.zeros(1 + len(runs), opcodes.INSTRUCTION_WORDS, dtype=torch.int64)
     for row, words in zip(program, [linear.tiled.words(x.data_ptr(), y.data_ptr()), *acts], strict=True):
         row[: len(words)] = torch.tensor(words)
