@@ -4,13 +4,14 @@ Transformers' own forward spends more time on views, rotary embedding and keywor
 A module is recognised by its attributes, tried on the tensors the model itself gives it, and left as it is where anything
 differs. Every projection and norm is still called as a module, so hooks (adapters) run. Knows no adapters.
 
+    model:      embeddings -> all layers in one native call -> norm
     layer:      h + attention(norm(h))    then    h + mlp(norm(h))
     attention:  q, k, v projections -> one native call (rotary, cache, attention) -> output projection
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -55,9 +56,10 @@ def fuse_layers(model: nn.Module, native: NativeKernels) -> int:
                 if program is not None and _replace(module, _programmed(module, program), _copied(call)):
                     program.tile()
                     programs.append((program, call))
-    for (program, call), (following, next_call) in pairwise(programs):
-        if _follows(call, next_call):
-            program.following = following
+        for (program, call), (following, next_call) in pairwise(programs):
+            if _follows(call, next_call):
+                program.following = following
+        fused += _fuse_stack(model, [program for program, _ in programs])
     return fused
 
 
@@ -91,6 +93,50 @@ def _agree(got: Tensor, expected: Tensor) -> bool:
 
 
 # -- the trial -------------------------------------------------------------------------------------------------------
+
+
+def _fuse_stack(model: nn.Module, programs: Sequence[LayerProgram]) -> bool:
+    """Give the model around the layers a slim forward, if they are one chain and it does nothing else that matters."""
+    inner = cast("nn.Module", getattr(model, "base_model", None))
+    names = ("embed_tokens", "rotary_emb", "norm", "layers")
+    if not programs or not all(isinstance(getattr(inner, name, None), nn.Module) for name in names):
+        return False
+    if len(programs) != len(cast("nn.ModuleList", inner.layers)) or any(program.following is None for program in programs[:-1]):
+        return False
+    calls: list[_Call] = []
+    handle = inner.register_forward_hook(lambda _, args, kwargs, out: calls.append(_Call(args, kwargs, out)), with_kwargs=True)
+    try:
+        _run(model)
+    finally:
+        handle.remove()
+    (call,) = calls
+    forward = _stack_forward(inner, programs[0], len(programs), type(call.output))
+    try:
+        got = forward(*call.args, **call.kwargs)
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False
+    if not _agree(got.last_hidden_state, call.output.last_hidden_state):
+        return False
+    inner.forward = forward
+    return True
+
+
+def _stack_forward(inner: nn.Module, first: LayerProgram, layers: int, output: type[Any]) -> Callable[..., Any]:
+    """embeddings -> all layers in one native call -> norm; as modules where that cannot be, or where more is asked for."""
+    modules = inner.forward
+    embed, rotary, norm = (cast("nn.Module", getattr(inner, name)) for name in ("embed_tokens", "rotary_emb", "norm"))
+    last = cast("nn.ModuleList", inner.layers)[-1]
+
+    def forward(input_ids: Any = None, *, inputs_embeds: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
+        given = inputs_embeds
+        if not last._forward_hooks and position_ids is not None and not any(kwargs.values()):
+            given = embed(input_ids) if given is None else given
+            if first.run_through(given, rotary(given, position_ids=position_ids), layers):
+                return output(last_hidden_state=norm(given))
+        ids = {"input_ids": input_ids} if given is None else {"inputs_embeds": given}
+        return modules(**ids, position_ids=position_ids, **kwargs)
+
+    return forward
 
 
 def _attentions(model: nn.Module) -> dict[nn.Module, AttentionShape] | None:

@@ -183,19 +183,27 @@ class LayerProgram:
         done, self._done = self._done, None
         if done is hidden:
             return True
+        chain = self._run(hidden, turn, 1)
+        for program in () if chain is None else chain.following:
+            program._done = hidden
+        return chain is not None
+
+    def run_through(self, hidden: Tensor, turn: Turn, layers: int) -> bool:
+        """The same for this layer and those behind it; False where `layers` of them cannot run in one call."""
+        return not self._module._forward_pre_hooks and self._run(hidden, turn, layers) is not None
+
+    def _run(self, hidden: Tensor, turn: Turn, least: int) -> _Chain | None:
         layer, split = attention_of(self._parts.attention), self._native.split
         split.first, split.rows = (0, -1) if layer is None else (layer.step.prompt, hidden.shape[1])
         if layer is None or not hidden.is_contiguous() or hidden.dtype is not torch.float32:
-            return False
+            return None
         if turn is not None and not (turn[0].is_contiguous() and turn[1].is_contiguous()):
-            return False
+            return None
         chain = self._chain(layer.step, hidden.shape[1])
-        if chain is None:
-            return False
+        if chain is None or 1 + len(chain.following) < least:
+            return None
         self._native.layer(chain.words, self._frame.of(layer.step, hidden, turn))
-        for program in chain.following:
-            program._done = hidden
-        return True
+        return chain
 
     def _chain(self, step: Step, tokens: int) -> _Chain | None:
         """This layer's program and those of the layers behind it, as far as each has one."""

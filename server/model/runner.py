@@ -198,7 +198,8 @@ class Runner:
         """The model over the step as it stands; embeddings [1, T, hidden] in place of its ids where some have none."""
         step = self.step
         given = {"input_ids": step.ids[None]} if embeddings is None else {"inputs_embeds": embeddings}
-        out = self.base.model(**given, position_ids=step.positions[None], use_cache=False, logits_to_keep=step.keep)
+        keep = step.keep if len(step.keep) < len(step.ids) else 0  # all of them need no gathering
+        out = self.base.model(**given, position_ids=step.positions[None], use_cache=False, logits_to_keep=keep)
         logits: Tensor = out.logits[0]
         return logits
 

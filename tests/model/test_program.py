@@ -33,16 +33,25 @@ def kernels() -> Kernels:
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each layer of each step ran as a program."""
     found: list[bool] = []
-    run = module.LayerProgram.run
+    run, through = module.LayerProgram.run, module.LayerProgram.run_through
+
+    def is_step(program: module.LayerProgram) -> bool:
+        """Neither a dry run nor the trial."""
+        layer = module.attention_of(program._parts.attention)
+        return layer is not None and layer.keys.shape[1] > 1
 
     def noted(self: module.LayerProgram, *args: object) -> bool:
         done = run(self, *args)  # type: ignore[arg-type]
-        layer = module.attention_of(self._parts.attention)
-        if layer is not None and layer.keys.shape[1] > 1:  # neither a dry run nor the trial
-            found.append(done)
+        found.extend([done] * is_step(self))
+        return done
+
+    def noted_through(self: module.LayerProgram, hidden: Tensor, turn: module.Turn, layers: int) -> bool:
+        done = through(self, hidden, turn, layers)
+        found.extend([True] * layers * (done and is_step(self)))
         return done
 
     monkeypatch.setattr(module.LayerProgram, "run", noted)
+    monkeypatch.setattr(module.LayerProgram, "run_through", noted_through)
     return found
 
 
@@ -106,9 +115,58 @@ def test_a_program_gives_the_bits_of_the_modules(kernels: Kernels, ran: list[boo
     fast = answers(kernels, names)
     assert ran
     assert all(ran)
+    monkeypatch.setattr(module.LayerProgram, "run_through", lambda self, hidden, turn, layers: False)
+    layers = answers(kernels, names)
     monkeypatch.setattr(module.LayerProgram, "run", lambda self, hidden, turn: False)
     plain = answers(kernels, names)
-    assert all(torch.equal(fast[name], plain[name]) for name in plain)
+    assert all(torch.equal(fast[name], plain[name]) and torch.equal(layers[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma"])
+def test_nothing_runs_between_the_layers_of_a_model(kernels: Kernels, name: str) -> None:
+    model = tiny_model(name)
+    Lab(model, {}, kernels=kernels)
+    assert "forward" in vars(model.model)
+
+
+def test_a_model_that_does_more_than_run_its_layers_is_left_alone(kernels: Kernels) -> None:
+    model = tiny_model("llama")
+    inner, plain = model.model, type(model.model).forward
+
+    def more(*args: object, **kwargs: object) -> object:
+        out = plain(inner, *args, **kwargs)
+        out.last_hidden_state = out.last_hidden_state * 1.01
+        return out
+
+    inner.forward = more
+    Lab(model, {}, kernels=kernels)
+    assert inner.forward is more
+    assert all("forward" in vars(layer) for layer in inner.layers)
+
+
+def test_whoever_looks_at_what_the_layers_begin_with_or_leave_sees_it(kernels: Kernels, ran: list[bool]) -> None:
+    model = tiny_model("llama")
+    lab = Lab(model, {}, kernels=kernels)
+    seen: list[Tensor] = []
+    first, last = model.model.layers[0], model.model.layers[-1]
+    hooks = [
+        first.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone())),
+        last.register_forward_hook(lambda m, args, y: seen.append(y.clone())),
+        model.model.norm.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone())),
+    ]
+    lab.submit("looked at", [5, 6, 7], max_new_tokens=1)
+    lab.run()
+    begun, left, given = seen
+    assert torch.equal(left, given)
+    assert not torch.equal(begun, left)
+    for hook in hooks[:2]:
+        hook.remove()
+    seen.clear()
+    ran.clear()
+    lab.submit("not", [5, 6, 7], max_new_tokens=1)
+    lab.run()
+    assert [torch.equal(each, given) for each in seen] == [True]
+    assert ran == [True] * LAYERS
 
 
 @pytest.mark.parametrize("threads", [2, 3])
