@@ -141,14 +141,30 @@ void downs(const Call<T> &call, index_t first, index_t step) {
     for (index_t i = first; i < call.count(); i += step) down(call, call.runs[i], stream);
 }
 
+// This member's runs one after another, each with both products while its rows are in the cache.
+template <typename T>
+void whole(const Call<T> &call) {
+    Stream &stream = fresh_stream();
+    index_t a = Stream::lines(call.c.rank * call.c.in * sizeof(T)), b = Stream::lines(call.c.rank * call.c.out * sizeof(T));
+    index_t last = -1;
+    for (index_t i = member.place; i < call.count(); last = call.runs[i].slot, i += member.size)
+        if (call.runs[i].slot != last) stream.add(call.a_of(call.runs[i]), a), stream.add(call.b_of(call.runs[i]), b);
+    stream.fetch(LEAD);
+    for (index_t i = member.place; i < call.count(); i += member.size) {
+        down(call, call.runs[i], stream);
+        stream.fetch(b);
+        up(call, call.runs[i], {0, call.c.out});
+    }
+}
+
 template <typename T>
 void team(const Call<T> &call) {
     index_t count = call.count(), out = call.c.out, strips = (out + STRIP - 1) / STRIP;
-    downs(call, member.place, member.size);
     if (count >= 2 * member.size) {  // whole runs per thread, so that no thread waits for the others half-way
-        for (index_t i = member.place; i < count; i += member.size) up(call, call.runs[i], {0, out});
+        whole(call);
         return member.meet();
     }
+    downs(call, member.place, member.size);
     member.meet();
     each(count * strips, [&](index_t t) {
         index_t from = t % strips * STRIP;
