@@ -129,7 +129,8 @@ def _stack_forward(inner: nn.Module, first: LayerProgram, layers: int, output: t
 
     def forward(input_ids: Any = None, *, inputs_embeds: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
         given = inputs_embeds
-        if not last._forward_hooks and position_ids is not None and not any(kwargs.values()):
+        plain = all(value is None or value is False for value in kwargs.values())
+        if plain and position_ids is not None and not last._forward_hooks:
             given = embed(input_ids) if given is None else given
             if first.run_through(given, rotary(given, position_ids=position_ids), layers):
                 return output(last_hidden_state=norm(given))

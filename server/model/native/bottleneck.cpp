@@ -111,7 +111,7 @@ ADAPTERD_EXPORT int adapterd_bottleneck(int activation, const float *x, float *y
     if (activation < 0 || activation >= ACTIVATION_COUNT) return 3;
     static thread_local Scratch scratch;
     float *low = scratch.floats(n * rank + 1);
-    std::shared_ptr<LoraRuns> runs = lora_runs(index, slot, n, {tokens, 1});
+    std::shared_ptr<Runs> runs = find_runs(index, slot, n, {tokens, 1});
     Bend between{activation, low_bias, out_bias};
     LoraCall call{false, x, y, down, up, runs.get(), width, width, rank, low, &between};
     in_team(2 * n * rank * width > PARALLEL_WORK, [&] { team_lora(call); });

@@ -141,22 +141,22 @@ void team_gelu_tanh_mul(const float *gate, const float *up, float *y, index_t ro
     each(rows, [=](index_t r) { gated_row(gate + r * width, up + r * width, y + r * width, width, gelu_tanh); });
 }
 
-void change(const RowsCall &c, index_t i, Range columns) {
-    float *to = c.y + c.index[i] * c.width;
-    const float *own = c.vectors + c.slot[i] * c.width;
-    if (c.multiply)
-        for (index_t j = columns.from; j < columns.to; j++) to[j] *= own[j];
-    else
-        for (index_t j = columns.from; j < columns.to; j++) to[j] += own[j];
+void change(const RowsCall &c, const Run &run, Range columns) {
+    const float *own = c.vectors + run.slot * c.width;
+    float *y = c.y + run.row * c.width;
+    for (int r = 0; r < run.count; r++, y += c.width)
+        if (c.multiply)
+            for (index_t j = columns.from; j < columns.to; j++) y[j] *= own[j];
+        else
+            for (index_t j = columns.from; j < columns.to; j++) y[j] += own[j];
 }
 
 void team_rows(const RowsCall &c) {
-    each(c.n, [&](index_t i) { change(c, i, {0, c.width}); });
+    each(c.runs->count(), [&](index_t i) { change(c, c.runs->all[i], {0, c.width}); });
 }
 
 void rows_change(const RowsCall &c, Range rows, Range columns) {
-    for (index_t i = 0; i < c.n; i++)
-        if (c.index[i] >= rows.from && c.index[i] < rows.to) change(c, i, columns);
+    c.runs->each(rows, [&](const Run &run) { change(c, run, columns); });
 }
 
 void team_add(const float *x, float *y, index_t rows, index_t width) {

@@ -33,11 +33,26 @@ struct Tiling {
     index_t tile_end(index_t row) const;  // of the tile that holds the row
 };
 
-// Rows of x that go through adapters of one pool, those behind the tiling's left out, as runs of neighbours with the same slot
-// within one tile.
-struct LoraRuns;
-std::shared_ptr<LoraRuns> lora_runs(const std::int64_t *index, const std::int64_t *slot, index_t n, Tiling tiling);
-index_t count_of(const LoraRuns &runs);
+// Neighbouring rows of a step that go through one slot, all in one tile; `position` is that of the first in the index they
+// came from.
+struct Run {
+    index_t row, position, slot;
+    int count;
+};
+
+// The rows that adapters of one pool act on, those behind the tiling's left out.
+struct Runs {
+    std::vector<Run> all;            // by rows
+    std::vector<index_t> beginning;  // of each row, and the one behind the last: the first run there or behind it
+
+    index_t count() const { return static_cast<index_t>(all.size()); }
+    // f(run) of those in some rows, whole tiles.
+    template <typename F>
+    void each(Range rows, F f) const {
+        for (index_t i = beginning[rows.from]; i < beginning[rows.to]; i++) f(all[i]);
+    }
+};
+std::shared_ptr<Runs> find_runs(const std::int64_t *index, const std::int64_t *slot, index_t n, Tiling tiling);
 
 // What a bottleneck does to low = A x between the products, and behind the second one: see bottleneck.cpp.
 struct Bend {
@@ -46,14 +61,14 @@ struct Bend {
     const float *out_bias;  // [slots, out]
 };
 void bend(const Bend &b, float *low, index_t rows, index_t rank, index_t slot);
-// y[index[i]] += B[slot[i]] (A[slot[i]] x[index[i]]), A [slots, rank, in], B [slots, rank, out] in bf16 or fp32. The sums of
-// B go on where y's own ended: they are the same whether or not anything else was done meanwhile.
+// y[row] += B[slot] (A[slot] x[row]) of each row of the runs, A [slots, rank, in], B [slots, rank, out] in bf16 or fp32. The
+// sums of B go on where y's own ended: they are the same whether or not anything else was done meanwhile.
 struct LoraCall {
     bool bf16;
     const float *x;
     float *y;
     const void *a, *b;
-    const LoraRuns *runs;
+    const Runs *runs;
     index_t in, out, rank;
     float *low;           // [n, rank] A x, the team's own space
     const Bend *between;  // null: nothing happens to it
@@ -73,12 +88,12 @@ struct LoraPools {
 };
 std::vector<AdaptedRows> adapted_rows(const LoraPools &pools, index_t prompt);
 
-// y[index[i]] += (or *=) vectors[slot[i]], vectors [slots, width].
+// y[row] += (or *=) vectors[slot], vectors [slots, width], of each row of the runs.
 struct RowsCall {
     float *y;
     const float *vectors;
-    const std::int64_t *index, *slot;
-    index_t n, width;
+    const Runs *runs;
+    index_t width;
     bool multiply;
 };
 void team_rows(const RowsCall &c);

@@ -39,7 +39,7 @@ int prepare(const Instruction &i, Ready &ready) {
     }
     if (i.kind() == BOTTLENECK) {
         if (int rule = rows_rule(i, 6)) return rule;
-        ready.runs = lora_runs(at<std::int64_t>(i[6]), at<std::int64_t>(i[7]), i[8], {tokens, 1});
+        ready.runs = find_runs(at<std::int64_t>(i[6]), at<std::int64_t>(i[7]), i[8], {tokens, 1});
         ready.between = {static_cast<int>(i[0]), at<float>(i[3]), at<float>(i[5])};
     }
     if (i.kind() == ADD_ROWS || i.kind() == MUL_ROWS) return rows_rule(i, 2);
@@ -54,7 +54,7 @@ int prepare(const Instruction &i, Ready &ready) {
 
 // A LoRA's rows, but for those that a linear before it has done.
 void lora(const Instruction &i, const Ready &ready) {
-    if (count_of(*ready.runs)) team_lora(lora_call(i, ready));
+    if (ready.runs->count()) team_lora(lora_call(i, ready));
     if (!ready.adapted.empty()) team_lora_tiles(ready.adapted, i.rows(1), i.rows(2), i[9], i[10]);
 }
 
@@ -70,7 +70,7 @@ void run(const Instruction &i, const Ready &ready, const Stages &stages) {
         case ADD: return team_add(i.rows(0), i.rows(1), tokens, i[2]);
         case SILU_MUL: return team_silu_mul(i.rows(0), i.rows(1), i.rows(2), tokens, i[3]);
         case ADD_ROWS:
-        case MUL_ROWS: return team_rows(rows_call(i));
+        case MUL_ROWS: return team_rows(rows_call(i, ready));
         case BOTTLENECK: return team_lora(bottleneck_call(i, ready));
         case GELU_TANH_MUL: return team_gelu_tanh_mul(i.rows(0), i.rows(1), i.rows(2), tokens, i[3]);
     }

@@ -79,7 +79,7 @@ void panel_product(const Task &t, W w, Ahead ahead) {
     }
 }
 
-// f(LoRA, first, step) of every LoRA of a stage: this member's groups.
+// f(LoRA, first, step) of every LoRA of a stage, for this member's runs; whether there is any.
 template <typename F>
 ADAPTERD_INLINE bool each_lora(const Stage &s, F f) {
     index_t before = 0, size = member.size;
@@ -87,9 +87,9 @@ ADAPTERD_INLINE bool each_lora(const Stage &s, F f) {
         for (const Behind *b = s.linears[i].behind; b != s.linears[i].behind + s.linears[i].behinds; b++)
             if (b->kind == Behind::LORA) {
                 f(b->lora, ((member.place - before) % size + size) % size, size);
-                before += count_of(*b->lora.runs);
+                before += b->lora.runs->count();
             }
-    return before;
+    return before > 0;
 }
 
 // What the next panel needs is fetched evenly over this panel's tiles: the first tile would otherwise wait for memory alone.
@@ -163,6 +163,33 @@ index_t Tiling::tile_end(index_t row) const {
     Range own = block(((row + 1) * blocks - 1) / rows);
     index_t count = tiles(own), height = own.to - own.from;
     return tile(own, ((row - own.from + 1) * count - 1) / height).to;
+}
+
+std::shared_ptr<Runs> find_runs(const std::int64_t *index, const std::int64_t *slot, index_t n, Tiling tiling) {
+    auto found = std::make_shared<Runs>();
+    std::vector<Run> &runs = found->all;
+    for (index_t i = 0; i < n; i++)
+        if (index[i] < tiling.rows) runs.push_back({index[i], i, slot[i], 1});
+    auto before = [](const Run &a, const Run &b) { return a.row < b.row; };
+    if (!std::is_sorted(runs.begin(), runs.end(), before)) std::sort(runs.begin(), runs.end(), before);
+    index_t kept = 0, end = 0;
+    for (const Run &next : runs) {
+        Run &last = runs[kept ? kept - 1 : 0];
+        bool beside = last.row + last.count == next.row && last.position + last.count == next.position;
+        if (kept && beside && next.row < end && last.slot == next.slot) {
+            last.count++;
+            continue;
+        }
+        if (next.row >= end) end = tiling.tile_end(next.row);
+        runs[kept++] = next;
+    }
+    runs.resize(kept);
+    found->beginning.resize(tiling.rows + 1);
+    for (index_t row = tiling.rows, i = kept; row >= 0; row--) {
+        while (i && runs[i - 1].row >= row) i--;
+        found->beginning[row] = i;
+    }
+    return found;
 }
 
 index_t blocks_of(const Linear &c) {

@@ -21,32 +21,18 @@ constexpr int WIDE = LANES == 16 ? 4 : 2;  // ranks computed together with GROUP
 constexpr index_t STRIP = 8 * PANEL;       // output columns of one task
 constexpr index_t LEAD = 256;              // cache lines that are fetched before they are needed
 
-}  // namespace
-
-struct Run {  // neighbouring rows of x and y that go through one slot; their A x begins at row `low`
-    index_t row, low, slot;
-    int count;
-};
-
-struct LoraRuns {
-    std::vector<Run> runs;           // by rows
-    std::vector<index_t> beginning;  // of each row, and the one behind the last: the first run there or behind it
-};
-
-namespace {
-
 template <typename T>
 struct Call {
     const LoraCall &c;
     const T *a = static_cast<const T *>(c.a), *b = static_cast<const T *>(c.b);
-    const std::vector<Run> &runs = c.runs->runs;
+    const std::vector<Run> &runs = c.runs->all;
 
     const float *x_of(const Run &run) const { return c.x + run.row * c.in; }
     float *y_of(const Run &run) const { return c.y + run.row * c.out; }
-    float *low_of(const Run &run) const { return c.low + run.low * c.rank; }
+    float *low_of(const Run &run) const { return c.low + run.position * c.rank; }
     const T *a_of(const Run &run) const { return a + run.slot * c.rank * c.in; }
     const T *b_of(const Run &run) const { return b + run.slot * c.rank * c.out; }
-    index_t count() const { return static_cast<index_t>(runs.size()); }
+    index_t count() const { return c.runs->count(); }
 };
 
 // low[r][j] = sum over i of a[j][i] * x[r][i]: lanes along i, one accumulator each, then a fixed tree and the tail.
@@ -180,44 +166,12 @@ ADAPTERD_INLINE auto typed(const LoraCall &c, F f) {
 
 }  // namespace
 
-std::shared_ptr<LoraRuns> lora_runs(const std::int64_t *index, const std::int64_t *slot, index_t n, Tiling tiling) {
-    auto found = std::make_shared<LoraRuns>();
-    std::vector<Run> &runs = found->runs;
-    for (index_t i = 0; i < n; i++)
-        if (index[i] < tiling.rows) runs.push_back({index[i], i, slot[i], 1});
-    auto before = [](const Run &a, const Run &b) { return a.row < b.row; };
-    if (!std::is_sorted(runs.begin(), runs.end(), before)) std::sort(runs.begin(), runs.end(), before);
-    index_t kept = 0, end = 0;
-    for (const Run &next : runs) {
-        Run &last = runs[kept ? kept - 1 : 0];
-        bool beside = last.row + last.count == next.row && last.low + last.count == next.low;
-        if (kept && beside && next.row < end && last.slot == next.slot) {
-            last.count++;
-            continue;
-        }
-        if (next.row >= end) end = tiling.tile_end(next.row);
-        runs[kept++] = next;
-    }
-    runs.resize(kept);
-    found->beginning.resize(tiling.rows + 1);
-    for (index_t row = tiling.rows, i = kept; row >= 0; row--) {
-        while (i && runs[i - 1].row >= row) i--;
-        found->beginning[row] = i;
-    }
-    return found;
-}
-
-index_t count_of(const LoraRuns &runs) { return static_cast<index_t>(runs.runs.size()); }
-
 void lora_down(const LoraCall &c, index_t first, index_t step) {
     typed(c, [=](const auto &call) { downs(call, first, step); });
 }
 
 void lora_up(const LoraCall &c, Range rows, Range columns) {
-    typed(c, [=](const auto &call) {
-        const std::vector<index_t> &beginning = call.c.runs->beginning;
-        for (index_t i = beginning[rows.from]; i < beginning[rows.to]; i++) up(call, call.runs[i], columns);
-    });
+    typed(c, [=](const auto &call) { call.c.runs->each(rows, [&](const Run &run) { up(call, run, columns); }); });
 }
 
 index_t lora_wants(const LoraCall &c, index_t column, Stream &stream) {
@@ -267,11 +221,11 @@ ADAPTERD_EXPORT int adapterd_lora(int bf16, const float *x, float *y, const void
     static thread_local Scratch scratch;
     float *low = scratch.floats(n * rank + 1);
     if (!bf16 || !tiles_usable()) prompt = tokens;
-    std::shared_ptr<LoraRuns> runs = lora_runs(index, slot, n, {prompt < tokens ? prompt : tokens, 1});
+    std::shared_ptr<Runs> runs = find_runs(index, slot, n, {prompt < tokens ? prompt : tokens, 1});
     LoraPools pools{static_cast<const std::uint16_t *>(a), static_cast<const std::uint16_t *>(b), index, slot, n, in, out, rank};
     std::vector<AdaptedRows> prompts = prompt < tokens ? adapted_rows(pools, prompt) : std::vector<AdaptedRows>{};
     in_team(n * rank * (in + out) > PARALLEL_WORK, [&] {
-        if (count_of(*runs)) team_lora({bf16 != 0, x, y, a, b, runs.get(), in, out, rank, low, nullptr});
+        if (runs->count()) team_lora({bf16 != 0, x, y, a, b, runs.get(), in, out, rank, low, nullptr});
         if (!prompts.empty()) team_lora_tiles(prompts, x, y, in, out);
     });
     return 0;

@@ -43,7 +43,7 @@ struct Instruction {
 
 // What must be known before the team starts, one entry per instruction.
 struct Ready {
-    std::shared_ptr<LoraRuns> runs;
+    std::shared_ptr<Runs> runs;
     std::vector<AdaptedRows> adapted;  // rows of prompts: a LoRA's own, and of a linear those of the LoRA behind it
     std::shared_ptr<AttentionPlan> plan;
     Bend between{};
@@ -71,8 +71,8 @@ inline LoraCall bottleneck_call(const Instruction &i, const Ready &ready) {
     return {false, y, y, at<void>(i[2]), at<void>(i[4]), ready.runs.get(), i[10], i[10], i[11], ready.low, &ready.between};
 }
 
-inline RowsCall rows_call(const Instruction &i) {
-    return {i.rows(0), at<float>(i[1]), at<std::int64_t>(i[2]), at<std::int64_t>(i[3]), i[4], i[6], i.kind() == MUL_ROWS};
+inline RowsCall rows_call(const Instruction &i, const Ready &ready) {
+    return {i.rows(0), at<float>(i[1]), ready.runs.get(), i[6], i.kind() == MUL_ROWS};
 }
 
 // The linears of a program in stages: neighbours with the same x are computed together, with what adapters do right behind
@@ -90,7 +90,7 @@ class Stages {
     bool joins(const Instruction &i) const;
     void add(index_t i);
     bool attach_lora(index_t i);
-    bool attach_rows(const Instruction &i);
+    bool attach_rows(index_t i);
     void push(const Behind &behind, const Ready *of);
     void take_space(index_t i, index_t floats);
     void give_space();

@@ -17,9 +17,12 @@ bool disjoint(const std::vector<AdaptedRows> &some, const std::vector<AdaptedRow
     return true;
 }
 
-std::shared_ptr<LoraRuns> runs_of(const Instruction &lora, Tiling tiling) {
-    return lora_runs(at<std::int64_t>(lora[5]), at<std::int64_t>(lora[6]), lora[7], tiling);
+// The rows an adapter acts on: index, slot and their number, from word `first` on.
+std::shared_ptr<Runs> runs_of(const Instruction &i, int first, Tiling tiling) {
+    return find_runs(at<std::int64_t>(i[first]), at<std::int64_t>(i[first + 1]), i[first + 2], tiling);
 }
+
+bool is_rows(const Instruction &i) { return i.kind() == ADD_ROWS || i.kind() == MUL_ROWS; }
 
 // The rows of a step before those that a LoRA takes through the matrix unit.
 index_t vector_rows(const Instruction &lora) { return std::min<index_t>(prompt_of(lora), lora.frame->tokens); }
@@ -41,11 +44,12 @@ void Stages::take(index_t i) {
         if (!ready.within) open(ready);
         return add(i);
     }
-    ready.within = open_ && (own.kind() == LORA ? attach_lora(i) : attach_rows(own));
+    ready.within = open_ && (own.kind() == LORA ? attach_lora(i) : attach_rows(i));
     if (ready.within) return;
     open_ = false, lows_ = 0;
-    if (own.kind() == LORA) ready.runs = runs_of(own, {vector_rows(own), 1});
+    if (own.kind() == LORA) ready.runs = runs_of(own, 5, {vector_rows(own), 1});
     if (own.kind() == LORA) take_space(i, own[7] * own[11]);
+    if (is_rows(own)) ready.runs = runs_of(own, 2, {frame_.tokens, 1});
     if (own.kind() == BOTTLENECK) take_space(i, own[8] * own[11]);
 }
 
@@ -90,18 +94,19 @@ bool Stages::attach_lora(index_t at) {
         std::sort(linears.adapted.begin(), linears.adapted.end(), [](const auto &a, const auto &b) { return a.from < b.from; });
         linear.adapted = &linears.adapted;
     }
-    ready.runs = runs_of(i, linear.tiling());
-    if (!count_of(*ready.runs)) return true;
+    ready.runs = runs_of(i, 5, linear.tiling());
+    if (!ready.runs->count()) return true;
     take_space(at, i[7] * i[11]);
     push({Behind::LORA, lora_call(i, ready), {}}, &ready);
     return true;
 }
 
-bool Stages::attach_rows(const Instruction &i) {
+bool Stages::attach_rows(index_t at) {
+    Instruction i = this->at(at);
     const Linear &linear = linears_.back();
-    if (i.kind() != ADD_ROWS && i.kind() != MUL_ROWS) return false;
-    if (i.rows(0) != linear.y || i[6] != linear.n || linear.vector_rows() != linear.m) return false;
-    push({Behind::ROWS, {}, rows_call(i)}, nullptr);
+    if (!is_rows(i) || i.rows(0) != linear.y || i[6] != linear.n || linear.vector_rows() != linear.m) return false;
+    ready_[at].runs = runs_of(i, 2, linear.tiling());
+    push({Behind::ROWS, {}, rows_call(i, ready_[at])}, nullptr);
     return true;
 }
 
