@@ -13,7 +13,7 @@ from torch import Tensor
 from server.model.native import NativeKernels, opcodes
 from server.model.native.int8 import Int8Weight
 from server.model.native.prepared import LoraRun, PackedLinear
-from tests.model.native.tensors import BF16, FP32, quick, random
+from tests.model.native.tensors import BF16, FP32, quick, random, run_program
 
 
 class Adapted:
@@ -63,12 +63,7 @@ class Adapted:
 def together(kernels: NativeKernels, x: Tensor, adapted: Sequence[Adapted]) -> list[Tensor]:
     outputs = [torch.full((len(x), each.n), torch.nan) for each in adapted]
     words = [words for each, y in zip(adapted, outputs, strict=True) for words in each.words(x, y)]
-    program = torch.zeros(len(words), opcodes.INSTRUCTION_WORDS, dtype=torch.int64)
-    for row, given_ in zip(program, words, strict=True):
-        row[: len(given_)] = torch.tensor(given_)
-    frame = torch.zeros(opcodes.FRAME_WORDS, dtype=torch.int64)
-    frame[10] = frame[11] = len(x)
-    kernels.layer(program, frame)
+    run_program(kernels, words, tokens=len(x), prompt=len(x))
     return outputs
 
 
@@ -113,11 +108,6 @@ def test_stages_follow_each_other_where_one_reads_what_another_wrote(kernels: Na
     first, second = (Adapted(kernels, seed, 5, 64, 64, "bf16", ["lora-bf16"]) for seed in (2, 4))
     middle, last = torch.empty(5, 64), torch.empty(5, 64)
     words = [*first.words(x, middle), *second.words(middle, last), *first.words(x, middle)]
-    program = torch.zeros(len(words), opcodes.INSTRUCTION_WORDS, dtype=torch.int64)
-    for row, given_ in zip(program, words, strict=True):
-        row[: len(given_)] = torch.tensor(given_)
-    frame = torch.zeros(opcodes.FRAME_WORDS, dtype=torch.int64)
-    frame[10] = frame[11] = len(x)
-    kernels.layer(program, frame)
+    run_program(kernels, words, tokens=len(x), prompt=len(x))
     assert torch.equal(last, second.alone(first.alone(x)))
     assert torch.equal(middle, first.alone(x))

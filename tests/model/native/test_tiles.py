@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from server.model.native import NativeKernels, opcodes, reference
+from server.model.native import NativeKernels, reference
 from server.model.native.layouts import pack_tiles, unpack_tiles
 from server.model.native.prepared import Split
-from tests.model.native.tensors import quick, random
+from tests.model.native.tensors import quick, random, run_program
 
 
 @pytest.fixture(scope="session")
@@ -170,12 +170,7 @@ def run_behind(kernels: NativeKernels, linear: Tiled, x: Tensor, y: Tensor, pool
     """A linear and what pools add to it, as the instructions of one program."""
     runs = [kernels.lora_over(each.a, each.b, each.index, each.slot, prompt) for each in pools]
     acts = [run.words(x.data_ptr(), y.data_ptr()) for run in runs]
-    program = torch.zeros(1 + len(runs), opcodes.INSTRUCTION_WORDS, dtype=torch.int64)
-    for row, words in zip(program, [linear.tiled.words(x.data_ptr(), y.data_ptr()), *acts], strict=True):
-        row[: len(words)] = torch.tensor(words)
-    frame = torch.zeros(opcodes.FRAME_WORDS, dtype=torch.int64)
-    frame[10], frame[11] = len(x), prompt
-    kernels.layer(program, frame)
+    run_program(kernels, [linear.tiled.words(x.data_ptr(), y.data_ptr()), *acts], len(x), prompt)
 
 
 @quick
