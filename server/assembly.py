@@ -29,9 +29,9 @@ from .checkpoints.folder import Folder
 from .checkpoints.incoming import inspector
 from .demo import BASE as DEMO_BASE
 from .demo import DEMO, DemoAdapter
-from .engine.client import Mailbox
 from .engine.engine import Engine
 from .engine.footprint import Footprint
+from .engine.mailbox import Mailbox
 from .engine.pages import Pages
 from .engine.residency import Residency
 from .engine.scheduler import Scheduler, SchedulerLimits

@@ -17,7 +17,7 @@ import typer
 
 from server import cli
 from server.api.app import create_app
-from server.engine.client import Mailbox
+from server.engine.mailbox import Mailbox
 from server.methods import METHODS
 from server.metrics import Metrics
 from server.settings import Settings

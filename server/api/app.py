@@ -12,7 +12,8 @@ from adapters_store.records import JSON
 from adapters_store.store import Store
 
 from .. import __version__
-from ..engine.client import EngineClient, EngineLike, Mailbox
+from ..engine.client import EngineClient, EngineLike
+from ..engine.mailbox import Mailbox
 from ..metrics import Metrics
 from ..model.text import Text
 from ..settings import Settings

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 import anyio
+import orjson
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -17,12 +17,10 @@ T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
 
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # made once: an event is sent for each token
-
 
 def event(payload: Mapping[str, object]) -> bytes:
-    """One `data:` event."""
-    return b"data: " + _encode(payload).encode() + b"\n\n"
+    """One `data:` event. One is sent for each token, which is why the encoder is a quick one."""
+    return b"data: %b\n\n" % orjson.dumps(payload)
 
 
 class EventStream(Response):
@@ -41,27 +39,24 @@ class EventStream(Response):
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A task of its own sends: to wake this one leads through all the frames of the application above it, at each token."""
         try:
             async with anyio.create_task_group() as group:
-                group.start_soon(self._watch, receive, group.cancel_scope)
-                async with aclosing(self._events):
-                    await self._send(send)
+                group.start_soon(self._send, send, group.cancel_scope)
+                await _disconnected(receive)
                 group.cancel_scope.cancel()
         finally:
             self._close()
 
-    async def _send(self, send: Send) -> None:
-        try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for chunk in self._events:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except OSError:  # how a server says that the client closed the connection
-            return
-
-    @staticmethod
-    async def _watch(receive: Receive, scope: anyio.CancelScope) -> None:
-        await _disconnected(receive)
+    async def _send(self, send: Send, scope: anyio.CancelScope) -> None:
+        async with aclosing(self._events):
+            try:
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                async for chunk in self._events:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            except OSError:  # how a server says that the client closed the connection
+                pass
         scope.cancel()
 
 

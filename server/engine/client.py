@@ -1,10 +1,10 @@
 """The event loop's side of the engine: requests go in, each one's deltas come out, and nothing waits on a thread.
 
-Owns the fan-out of a step's events, stop sequences, time limits, cancellation and the metrics of a request. Never
+Owns whose events are whose, stop sequences, time limits, cancellation and the metrics of a request. Never
 touches a tensor, the scheduler or HTTP.
 
     engine thread                      event loop
-    step -> publish([event, ...]) ---> one call_soon_threadsafe -> request's queue -> Generation -> Delta, Delta, ...
+    step -> publish([event, ...]) ---> one call_soon_threadsafe -> request's Events -> Generation -> Delta, Delta, ...
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from threading import Lock
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 from adapters_store.digest import Digest
 
@@ -26,9 +25,7 @@ from ..metrics import EngineStats, Metrics
 from ..model.text import Text, Transcript
 from ..requests import Event, FinishReason, Request, Token
 from ..step_times import StepTimes
-
-Publish = Callable[[list[Event]], None]
-Events = asyncio.Queue[Event | None]  # of one request, to its last; None: its time is over
+from .mailbox import Events, Mailbox
 
 
 class EngineLike(Protocol):
@@ -60,44 +57,6 @@ class EngineLike(Protocol):
     def step_times(self) -> StepTimes: ...
 
 
-class Mailbox:
-    """Where the engine leaves a step's events for the event loop: one wake-up per step, however many requests.
-
-    `publish` is given to the engine's constructor; `attach` is called once by the event loop that serves.
-    """
-
-    def __init__(self) -> None:
-        self._steps: deque[list[Event]] = deque()
-        self._lock = Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._deliver: Callable[[Event], None] | None = None
-
-    def publish(self, events: list[Event]) -> None:
-        """Engine's thread. Events published before a loop is attached are kept; after it closed, dropped."""
-        with self._lock:
-            self._steps.append(events)
-            loop = self._loop
-        if loop is not None:
-            self._wake(loop)
-
-    def attach(self, loop: asyncio.AbstractEventLoop, deliver: Callable[[Event], None]) -> None:
-        """`deliver` is called on `loop` for every event, in the order of publication."""
-        with self._lock:
-            self._loop, self._deliver = loop, deliver
-        self._wake(loop)
-
-    def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
-        try:
-            loop.call_soon_threadsafe(self._drain)
-        except RuntimeError:  # the loop has closed: nobody is left to be told
-            self._steps.clear()
-
-    def _drain(self) -> None:
-        while self._steps and self._deliver is not None:
-            for event in self._steps.popleft():
-                self._deliver(event)
-
-
 @dataclass(frozen=True, slots=True)
 class Job:
     """A request, and what the API knows about it that the engine does not need."""
@@ -109,8 +68,7 @@ class Job:
     trail: Trail = field(default_factory=lambda: Trail("-"))  # of the HTTP request, told how this ends
 
 
-@dataclass(frozen=True, slots=True)
-class TokenText:
+class TokenText(NamedTuple):
     """One generated token as clients see it. `text` is what it made final: empty in the middle of a character."""
 
     id: int
@@ -150,8 +108,7 @@ class Summary:
         return max(0.0, decode) / max(1, self.generated_tokens - 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):
     """One token's worth of progress. The last delta of a generation, and only it, has `finish`.
 
     `text` is the answer's gain without special tokens and stop sequences; it lags behind `token.text` while a stop
@@ -201,7 +158,7 @@ class EngineClient:
         Raises: OverloadedError, UnavailableError.
         """
         loop, events = self._attach(), Events()
-        alarm = loop.call_later(job.request.arrival + self.timeout - time.monotonic(), events.put_nowait, None)
+        alarm = loop.call_later(job.request.arrival + self.timeout - time.monotonic(), events.put, None)
         self._listeners[job.request.id] = _Listener(job, alarm, events)
         try:
             self.engine.submit(job.request)
@@ -241,7 +198,7 @@ class EngineClient:
         listener = self._listeners.get(event.request_id)
         if listener is not None:
             listener.scheduled = True
-            listener.events.put_nowait(event)
+            listener.events.put(event)
 
 
 class Generation(AsyncIterator[Delta]):
@@ -275,23 +232,42 @@ class Generation(AsyncIterator[Delta]):
     async def begin(self) -> None:
         """Wait until there is something to report. Raises: AdapterdError when the request fails first."""
         while not self._ready and not self._ended:
-            await self._receive()
+            await self._wait()
+            self._take()
 
     async def __anext__(self) -> Delta:
         """Raises: AdapterdError when the request fails; it is over then."""
-        while not self._ready:
+        while (delta := self.poll()) is None:
             if self._ended:
                 raise StopAsyncIteration
-            await self._receive()
-        return self._ready.popleft()
+            await self._wait()
+        return delta
 
-    async def _receive(self) -> None:
-        """Take in one event of the engine, or the alarm."""
+    def poll(self) -> Delta | None:
+        """The next delta if it has come. Raises: AdapterdError when the request fails; it is over then."""
+        while not self._ready and not self._ended and self._events:
+            self._take()
+        return self._ready.popleft() if self._ready else None
+
+    @property
+    def over(self) -> bool:
+        """Whether no delta comes any more."""
+        return self._ended and not self._ready
+
+    def share(self, arrived: asyncio.Event) -> None:
+        """Have `arrived` set from now on when something comes, for a task that waits for several generations."""
+        self._events.arrived = arrived
+
+    async def _wait(self) -> None:
         try:
-            event = await self._events.get()
+            await self._events.wait()
         except BaseException:
             self._end("cancelled", cancel=True)
             raise
+
+    def _take(self) -> None:
+        """Take in one event of the engine, or the alarm."""
+        event = self._events.take()
         if event is None:
             self._end("timeout", cancel=True)
             raise GenerationError(f"the request took longer than {self._client.timeout:g} seconds")
@@ -374,25 +350,19 @@ async def collect(generation: Generation) -> list[Delta]:
 
 async def merge(generations: Iterable[Generation]) -> AsyncGenerator[tuple[int, Delta], None]:
     """(index, delta) of several generations as they come. All are closed when one fails or the caller stops."""
-    running = list(generations)
-    turns: dict[asyncio.Task[Delta | None], int] = {}
+    running, arrived = dict(enumerate(generations)), asyncio.Event()
     try:
-        for index, generation in enumerate(running):
-            turns[asyncio.ensure_future(_next(generation))] = index
-        while turns:
-            done, _ = await asyncio.wait(turns, return_when=asyncio.FIRST_COMPLETED)
-            for task in sorted(done, key=turns.__getitem__):
-                index, delta = turns.pop(task), task.result()
-                if delta is not None:
-                    turns[asyncio.ensure_future(_next(running[index]))] = index
+        for generation in running.values():
+            generation.share(arrived)
+        while running:
+            arrived.clear()
+            for index, generation in list(running.items()):
+                while (delta := generation.poll()) is not None:
                     yield index, delta
+                if generation.over:
+                    del running[index]
+            if running:
+                await arrived.wait()
     finally:
-        for generation in running:  # before anything is awaited: this may run in a task that is being cancelled
+        for generation in running.values():
             generation.close()
-        for task in turns:
-            task.cancel()
-        await asyncio.gather(*turns, return_exceptions=True)
-
-
-async def _next(generation: Generation) -> Delta | None:
-    return await anext(generation, None)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import count
 
@@ -385,7 +385,7 @@ class Scheduler:
     def _finish(self, sequence: Sequence, event: Event) -> None:
         """What its prompt was charged for and never got is given back."""
         del self._by_id[event.request_id]
-        event = replace(event, computed_tokens=sequence.computed)
+        event = event._replace(computed_tokens=sequence.computed)
         left = sequence.prompt_end - max(sequence.done, sequence.reached)
         if sequence in self.running:
             self._leave(sequence)

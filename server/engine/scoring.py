@@ -27,7 +27,8 @@ class Scoring:
 
     async def result(self) -> Scores:
         """Raises: AdapterdError when the request fails or takes too long."""
-        event = await self._events.get()
+        await self._events.wait()
+        event = self._events.take()
         if event is None:
             self._end("timeout", cancel=True)
             raise GenerationError(f"the request took longer than {self._client.timeout:g} seconds")

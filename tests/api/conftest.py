@@ -17,7 +17,7 @@ from adapters_store.records import AdapterRecord
 from adapters_store.store import Store
 from server.api.app import create_app
 from server.api.readiness import Readiness
-from server.engine.client import Mailbox
+from server.engine.mailbox import Mailbox
 from server.metrics import Metrics
 from server.model.text import Text
 from server.requests import Request

@@ -16,8 +16,8 @@ import pytest
 from adapters_store.digest import Digest
 from adapters_store.store import Store
 from server.api.app import create_app
-from server.engine.client import Mailbox
 from server.engine.loading import HostCache, Loading
+from server.engine.mailbox import Mailbox
 from server.errors import AdapterdError
 from server.methods.base import Adapter
 from server.metrics import Metrics

@@ -19,7 +19,7 @@ from adapters_store.records import JSON
 from server.api.app import create_app
 from server.api.context import Validate
 from server.checkpoints.incoming import inspector
-from server.engine.client import Mailbox
+from server.engine.mailbox import Mailbox
 from server.metrics import Metrics
 from server.settings import Settings
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from server.engine.client import EngineClient, Job, Mailbox
+from server.engine.client import EngineClient, Job
+from server.engine.mailbox import Mailbox
 from server.engine.scoring import Scoring, score_all
 from server.errors import GenerationError, OverloadedError, UnavailableError
 from server.metrics import Metrics
