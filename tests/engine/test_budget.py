@@ -10,7 +10,7 @@ def sequence(prompt: int, generated: int = 0, done: int = 0) -> Sequence:
     return Sequence(None, (), b"", 0, [1] * (prompt + generated), prompt, done=done)
 
 
-def stream(generated: int = 5) -> Row:
+def stream(generated: int = SETTLED) -> Row:
     found = sequence(4, generated, 3 + generated)
     return Row(found, found.done, 1)
 

@@ -85,8 +85,7 @@ def flood(bench: Bench, prompts: int) -> None:
 def test_beside_another_tenants_stream_a_flood_has_one_share_and_a_short_prompt_its_own() -> None:
     bench = Bench(blocks=200, max_prefill_tokens=4)
     bench.submit("stream", [1, 3], tenant="victim", max_new_tokens=40)
-    for _ in range(5):
-        bench.step()
+    bench.settle()
     flood(bench, 4)
     assert counts(bench.step()) == {"stream": 1, "flood0": 4}
     bench.submit("short", list(range(3, 8)), tenant="victim", max_new_tokens=1)
@@ -99,8 +98,7 @@ def test_of_a_flood_no_more_is_admitted_than_is_computed_soon() -> None:
     """16 shares are three prompts of 30 tokens, though 8 may run; the others keep their turn and end all the same."""
     bench = Bench(blocks=200, max_prefill_tokens=4)
     bench.submit("stream", [1, 3], tenant="victim", max_new_tokens=90, ignore_eos=True)
-    for _ in range(5):
-        bench.step()
+    bench.settle()
     flood(bench, 9)
     admitted = []
     while not bench.finish("flood8"):

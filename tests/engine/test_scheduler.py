@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters_store.digest import Digest
+from server.engine.budget import SETTLED
 from server.engine.pages import Pages
 from server.engine.plan import Copy, Evict, Fill, Plan, Put, Row, Sample, Sequence
 from server.engine.residency import AdapterFacts, Residency
@@ -84,6 +85,11 @@ class Bench:
                 return
             self.step()
         raise AssertionError("the scheduler does not come to an end")
+
+    def settle(self) -> None:
+        """Until a stream that was submitted just before is not to be held up any more."""
+        for _ in range(SETTLED + 1):
+            self.step()
 
     def tokens(self, id: str) -> list[int]:
         return [t.id for event in self.events if event.request_id == id for t in event.tokens]
@@ -463,9 +469,8 @@ def counts(plan: Plan) -> dict[str, int]:
 
 def test_a_prompt_beside_streams_comes_in_small_chunks_and_alone_in_large_ones() -> None:
     bench = Bench(max_prefill_tokens=3)
-    bench.submit("stream", [1, 3], max_new_tokens=9)
-    for _ in range(5):
-        bench.step()
+    bench.submit("stream", [1, 3], max_new_tokens=SETTLED + 5)
+    bench.settle()
     bench.submit("long", list(range(3, 33)), max_new_tokens=1)
     assert [counts(bench.step()) for _ in range(4)] == [{"stream": 1, "long": 3}] * 4
     assert counts(bench.step()) == {"long": 16}
@@ -473,9 +478,8 @@ def test_a_prompt_beside_streams_comes_in_small_chunks_and_alone_in_large_ones()
 
 def test_every_prompt_has_its_share_beside_streams() -> None:
     bench = Bench(max_prefill_tokens=3)
-    bench.submit("stream", [1, 3], max_new_tokens=20)
-    for _ in range(5):
-        bench.step()
+    bench.submit("stream", [1, 3], max_new_tokens=SETTLED + 9)
+    bench.settle()
     for id in ("first", "second"):
         bench.submit(id, list(range(3, 11)), max_new_tokens=1)
     assert counts(bench.step()) == {"stream": 1, "first": 6}
