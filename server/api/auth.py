@@ -80,7 +80,7 @@ async def still_valid(request: Request) -> None:
     await _identified(request)
 
 
-def caller_of(request: Request) -> Principal:
+async def caller_of(request: Request) -> Principal:
     principal: Principal = request.state.principal
     return principal
 
@@ -88,7 +88,7 @@ def caller_of(request: Request) -> Principal:
 Caller = Annotated[Principal, Depends(caller_of)]
 
 
-def tenant_of(caller: Caller) -> str:
+async def tenant_of(caller: Caller) -> str:
     return caller.tenant
 
 
@@ -97,7 +97,7 @@ Tenant = Annotated[str, Depends(tenant_of)]
 SharedFlag = Annotated[bool, Query(description="Act on the adapters that all tenants may use; takes scope admin.")]
 
 
-def owner_of(caller: Caller, shared: SharedFlag = False) -> str:
+async def owner_of(caller: Caller, shared: SharedFlag = False) -> str:
     """Whose adapters a change is about. Raises: ForbiddenError."""
     needed: Scope = "admin" if shared else "adapters"
     if needed not in caller.scopes:

@@ -97,9 +97,16 @@ def services_of(request: Request) -> Services:
     return services
 
 
-def require_ready(services: Annotated[Services, Depends(services_of)]) -> None:
+# Dependencies are coroutines although they await nothing: FastAPI calls others on a thread, which costs more than they do.
+
+
+async def _services(request: Request) -> Services:
+    return services_of(request)
+
+
+async def require_ready(request: Request) -> None:
     """A dependency of every route that starts work."""
-    services.readiness.require()
+    services_of(request).readiness.require()
 
 
-Context = Annotated[Services, Depends(services_of)]
+Context = Annotated[Services, Depends(_services)]
