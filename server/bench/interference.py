@@ -24,8 +24,9 @@ from .results import Load, Outcome, Spread
 from .session import Session
 from .workload import Order, make_orders
 
-#: Of the time between all streams' second token and the first stream's end, what passes before the long prompt is sent.
-_PATIENCE: Final = 0.1
+#: Of all the streams' tokens, how many have come when the long prompt is sent.
+_PATIENCE: Final = 0.25
+_LOOK_SECONDS: Final = 0.005  # between two looks how many there are
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,12 @@ async def play(session: Session, names: Sequence[str], index: int) -> Round:
     alone, quiet, label = make_orders([first], [names[0] if names else None], 1), streams, f"round {index + 1}"
     alone_load, (single,) = await _measure(session, alone, f"long prompt alone, {label}")
     quiet_load, undisturbed = await _measure(session, quiet, f"streams, {label}")
-    long = Order(second, alone[0].adapter, 1)
-    met_load, met, late = await _meet(session, again, long, _delay(undisturbed), f"streams with a long prompt, {label}")
+    long, calm = Order(second, alone[0].adapter, 1), steady(undisturbed)
+    met_load, met, late = await _meet(session, again, long, f"streams with a long prompt, {label}")
     window = (late.started, late.token_times[0])
     if window[1] > min(outcome.ended for outcome in met):
         raise BenchError("`max_new_tokens`: the streams ended before the long prompt had its first token; generate more")
-    gaps, met_gaps = gaps_in(undisturbed, steady(undisturbed)), gaps_in(met, window)
+    gaps, met_gaps = gaps_in(undisturbed, calm), gaps_in(met, window)
     foreign = _worst(alone_load, quiet_load, met_load)
     meeting = Meeting(
         alone=_first_token(single),
@@ -109,13 +110,14 @@ async def play(session: Session, names: Sequence[str], index: int) -> Round:
     return Round(meeting, (alone_load, quiet_load, met_load))
 
 
-async def _meet(
-    session: Session, streams: Sequence[Order], long: Order, delay: float, label: str
-) -> tuple[Load, list[Outcome], Outcome]:
-    """The streams, and `delay` seconds after their start the long prompt."""
+async def _meet(session: Session, streams: Sequence[Order], long: Order, label: str) -> tuple[Load, list[Outcome], Outcome]:
+    """The streams, and the long prompt once they are well under way: not by the clock, as no round takes as long as another."""
+    enough = session.target.heard + _PATIENCE * sum(order.max_new_tokens for order in streams)
     async with asyncio.TaskGroup() as group:
         running = group.create_task(_measure(session, streams, label))
-        await asyncio.sleep(delay)
+        # A look now and then costs the server's processors less than to be called for each token.
+        while session.target.heard < enough and not running.done():  # noqa: ASYNC110
+            await asyncio.sleep(_LOOK_SECONDS)
         late = await session.target.generate(long)
         load, outcomes = await running
     _check([late], label)
@@ -141,12 +143,6 @@ def steady(outcomes: Sequence[Outcome]) -> tuple[float, float]:
     if ended <= begun:
         raise BenchError("`max_new_tokens`: the first stream ended before the last had begun; generate more")
     return begun, ended
-
-
-def _delay(outcomes: Sequence[Outcome]) -> float:
-    """Seconds from the start of streams until all of them are well under way."""
-    begun, ended = steady(outcomes)
-    return begun - min(outcome.started for outcome in outcomes) + _PATIENCE * (ended - begun)
 
 
 def gaps_in(outcomes: Sequence[Outcome], window: tuple[float, float]) -> list[float]:

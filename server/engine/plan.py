@@ -40,7 +40,7 @@ class Sequence:
     charged: int = 0  # prompt positions that its tenant was charged for
     scored: int = 0  # prompt tokens whose logprobs were reported, when asked for
     admitted_at: float = 0.0  # time.monotonic() of the first admission; 0 before
-    started: bool = False  # its first token was sent
+    began_at: float = 0.0  # time.monotonic() of its first token; 0 before
     tenant: str = ""  # whose work it is
     number: int = 0  # in order of arrival
     scores: list[tuple[float, ...]] = field(default_factory=list)  # so far, of a task that generates nothing

@@ -11,6 +11,7 @@ A share is `max_prefill_tokens`. Decides nothing about blocks, slots or who runs
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable
@@ -60,10 +61,11 @@ class Prefill:
         floods = self.floods(backlog)
         few = sum(sequence.tenant not in floods for sequence in prompts)
         beside = self._share * max(1, few) + (self._left(few) if few and floods else 0)
+        latest = max(map(_came_at, prompts), default=math.inf)
         if not self._share or not self._several(backlog):
-            return StepBudget(self._tokens, beside)
+            return StepBudget(self._tokens, beside, latest)
         tokens = len(running) - len(prompts) + max(beside, UNSTREAMED * self._share)
-        return StepBudget(min(self._tokens, tokens), beside)
+        return StepBudget(min(self._tokens, tokens), beside, latest)
 
     def rooms(self, prompts: Collection[Sequence], extra: int, weight: Callable[[str], float]) -> dict[str, int]:
         """Positions of each tenant, of `extra` that the step has room for."""
@@ -95,3 +97,8 @@ def backlog_of(sequences: Iterable[Sequence]) -> Counter[str]:
         if sequence.remaining > 1:
             backlog[sequence.tenant] += sequence.remaining
     return backlog
+
+
+def _came_at(sequence: Sequence) -> float:
+    """Of a prefix that is being built it is not known, as several requests may wait for it."""
+    return math.inf if sequence.request is None else sequence.request.arrival

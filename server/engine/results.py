@@ -5,6 +5,7 @@ Sample(token, more)  ->  ids grow, `done` is all but the last  ->  Event(tokens,
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 
 from ..requests import Event, FinishReason, Request, Token
@@ -40,8 +41,9 @@ def _finish_reason(sequence: Sequence, token: Token, eos: Collection[int]) -> Fi
 
 def token_event(sequence: Sequence, request: Request, tokens: tuple[Token, ...], finish: FinishReason | None) -> Event:
     """The first one of a sequence says how long it was queued."""
-    first = not sequence.started
-    sequence.started = True
+    first = not sequence.began_at
+    if first:
+        sequence.began_at = time.monotonic()
     return Event(
         request.id,
         tokens=tokens,

@@ -28,7 +28,8 @@ class Slow(Target):
 
     def __init__(self, status: str = OK) -> None:
         self.status = status
-        self.streams = self.prompts = 0
+        self.streams = self.prompts = self.heard = 0
+        self.heard_before: list[int] = []  # of each long prompt
 
     async def scrape(self) -> Scrape:
         return Scrape.parse("")
@@ -40,6 +41,7 @@ class Slow(Target):
     async def generate(self, order: Order) -> Outcome:
         started = time.perf_counter()
         if len(order.prompt.ids) == LONG:
+            self.heard_before.append(self.heard)
             self.prompts += 1
             await asyncio.sleep(0.2 if self.streams else 0.1)
             self.prompts -= 1
@@ -56,6 +58,7 @@ class Slow(Target):
         for _ in range(count):
             await asyncio.sleep(0.03 if self.prompts else 0.01)
             times.append(time.perf_counter())
+            self.heard += 1
         self.streams -= 1
         return times
 
@@ -68,7 +71,8 @@ def session(target: Target, **changes: object) -> Session:
 
 
 async def test_both_ratios_are_those_of_the_server() -> None:
-    findings = await prefill_while_decoding(session(Slow()))
+    server = Slow()
+    findings = await prefill_while_decoding(session(server))
     found = findings.interference
     assert found is not None
     assert (found.streams, found.long_prompt_tokens) == (3, LONG)
@@ -77,6 +81,9 @@ async def test_both_ratios_are_those_of_the_server() -> None:
     assert found.spread("gap_ratio").median == met.met_p99 / met.gap_p99
     assert met.beside >= 0.2  # what the server took beside streams, however slow this machine is
     assert met.alone >= 0.1
+    alone, beside = server.heard_before
+    assert alone == 0
+    assert 120 + 30 <= beside < 120 + 40, "the second time three streams of 40 tokens had a quarter of them"
     assert met.gap_p50 >= 0.01
     assert [load.label for load in findings.loads][:3] == [
         "long prompt alone, round 1",
@@ -87,7 +94,7 @@ async def test_both_ratios_are_those_of_the_server() -> None:
 
 async def test_streams_that_end_too_early_are_no_measurement() -> None:
     with pytest.raises(BenchError, match="`max_new_tokens`: the streams ended before the long prompt had its first token"):
-        await play(session(Slow(), max_new_tokens=8), (), 0)
+        await play(session(Slow(), max_new_tokens=6), (), 0)
     with pytest.raises(BenchError, match="`max_new_tokens`: the first stream ended"):
         await play(session(Slow(), max_new_tokens=1), (), 0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from server.engine.budget import SETTLED, StepBudget
+from server.engine.budget import SETTLED, SETTLED_TOGETHER, StepBudget
 from server.engine.plan import Row, Sequence
 
 
@@ -39,6 +39,18 @@ def test_a_stream_that_has_only_just_begun_may_be_held_up() -> None:
     assert budget.room(sequence(40)) == 15
     budget.add(stream(generated=SETTLED))
     assert budget.room(sequence(40)) == 4
+
+
+def test_prompts_that_were_there_before_a_stream_began_may_hold_it_up_for_longer() -> None:
+    budget, early, late = StepBudget(16, beside=4, latest=10.0), stream(SETTLED_TOGETHER - 1), stream(SETTLED)
+    early.sequence.began_at, late.sequence.began_at = 11.0, 9.0
+    budget.add(early)
+    assert budget.extra == 15
+    budget.add(late)
+    assert budget.extra == 4
+    budget.drop(late.sequence)
+    budget.add(stream(SETTLED_TOGETHER))
+    assert budget.extra == 4
 
 
 def test_zero_beside_is_the_whole_step() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters_store.digest import Digest
-from server.engine.budget import SETTLED
+from server.engine.budget import SETTLED, SETTLED_TOGETHER
 from server.engine.pages import Pages
 from server.engine.plan import Copy, Evict, Fill, Plan, Put, Row, Sample, Sequence
 from server.engine.residency import AdapterFacts, Residency
@@ -60,10 +61,12 @@ class Bench:
         *adapters: Digest,
         tenant: str = "t",
         policy: TenantPolicy = OPEN,
+        arrival: float = 0.0,
         **sampling: object,
     ) -> None:
+        """`arrival` 0: before every stream began; infinity: after."""
         params = Sampling(**{"max_new_tokens": 3, **sampling})  # type: ignore[arg-type]
-        self.scheduler.submit(Request(id, tenant, adapters, tuple(prompt), params, policy=policy))
+        self.scheduler.submit(Request(id, tenant, adapters, tuple(prompt), params, arrival, policy=policy))
 
     def ask(self, task: Task, id: str, prompt: list[int], *adapters: Digest, **more: object) -> None:
         self.scheduler.submit(Request(id, "t", adapters, tuple(prompt), Sampling(0), task=task, **more))  # type: ignore[arg-type]
@@ -88,7 +91,7 @@ class Bench:
 
     def settle(self) -> None:
         """Until a stream that was submitted just before is not to be held up any more."""
-        for _ in range(SETTLED + 1):
+        for _ in range(SETTLED_TOGETHER + 1):
             self.step()
 
     def tokens(self, id: str) -> list[int]:
@@ -469,7 +472,7 @@ def counts(plan: Plan) -> dict[str, int]:
 
 def test_a_prompt_beside_streams_comes_in_small_chunks_and_alone_in_large_ones() -> None:
     bench = Bench(max_prefill_tokens=3)
-    bench.submit("stream", [1, 3], max_new_tokens=SETTLED + 5)
+    bench.submit("stream", [1, 3], max_new_tokens=SETTLED_TOGETHER + 5)
     bench.settle()
     bench.submit("long", list(range(3, 33)), max_new_tokens=1)
     assert [counts(bench.step()) for _ in range(4)] == [{"stream": 1, "long": 3}] * 4
@@ -478,7 +481,7 @@ def test_a_prompt_beside_streams_comes_in_small_chunks_and_alone_in_large_ones()
 
 def test_every_prompt_has_its_share_beside_streams() -> None:
     bench = Bench(max_prefill_tokens=3)
-    bench.submit("stream", [1, 3], max_new_tokens=SETTLED + 9)
+    bench.submit("stream", [1, 3], max_new_tokens=SETTLED_TOGETHER + 9)
     bench.settle()
     for id in ("first", "second"):
         bench.submit(id, list(range(3, 11)), max_new_tokens=1)
@@ -494,6 +497,21 @@ def test_requests_that_come_together_get_their_first_tokens_together() -> None:
         bench.submit(id, list(range(3, 17)), max_new_tokens=9)
     assert counts(bench.step()) == {"a": 14, "b": 2}
     assert counts(bench.step()) == {"a": 1, "b": 12}
+
+
+def test_a_request_that_comes_later_holds_up_a_stream_for_its_first_tokens_alone() -> None:
+    """With prompts that were there before it, a stream of so few tokens waits for both."""
+    bench = Bench(max_prefill_tokens=1)
+    bench.submit("stream", [1, 3], max_new_tokens=30)
+    for _ in range(SETTLED + 1):
+        bench.step()
+    bench.submit("together", list(range(3, 25)), max_new_tokens=1)
+    assert counts(bench.step()) == {"stream": 1, "together": 15}
+    bench.submit("later", list(range(3, 25)), max_new_tokens=1, arrival=math.inf)
+    assert counts(bench.step()) == {"stream": 1, "together": 2}
+    for _ in range(SETTLED_TOGETHER - SETTLED):
+        bench.step()
+    assert counts(bench.step()) == {"stream": 1, "later": 1}
 
 
 # -- loads

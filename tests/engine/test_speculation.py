@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters_store.digest import Digest
-from server.engine.budget import SETTLED
+from server.engine.budget import SETTLED_TOGETHER
 from server.engine.pages import Pages
 from server.engine.plan import Plan, Row, Sample, Sequence
 from server.engine.prefixes import extend_keys
@@ -220,7 +220,7 @@ def test_guesses_leave_prompts_their_tokens() -> None:
     """With 4 tokens beside streams, a step's prompt comes first and guesses take what is left."""
     bench = Bench(LOOP * 3, max_prefill_tokens=4)
     bench.submit("a", [10, 11, 12, 13] * 2)
-    while len(bench.tokens("a")) < SETTLED:
+    while len(bench.tokens("a")) < SETTLED_TOGETHER:
         plan = bench.scheduler.plan()
         bench.scheduler.advance(plan.rows, {row.sequence: bench._sample(row) for row in plan.rows if row.samples})
         bench.events += bench.scheduler.take_events()
