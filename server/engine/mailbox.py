@@ -16,7 +16,7 @@ from ..requests import Event
 class Events:
     """What the engine says of one request, to the last; None: the request's time is over. One task reads it.
 
-    Unlike asyncio's queues, one task can wait for several of them, and a token passes through in half the time.
+    Unlike with asyncio's queues, one task can wait for several of them.
     """
 
     __slots__ = ("_items", "arrived")
