@@ -67,7 +67,7 @@ class Request:
     policy: TenantPolicy = OPEN  # the tenant's weight and quotas when the request was accepted
 
 
-class Token(NamedTuple):  # as Event: made for every row of every step, where a frozen dataclass takes thrice as long
+class Token(NamedTuple):  # as Event: made for every row of every step, where a frozen dataclass takes twice as long
     """One sampled (or, in `Event.prompt`, one given) token. `logprob` is None for a prompt's first token."""
 
     id: int

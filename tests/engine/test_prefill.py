@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
-from server.engine.plan import Sequence
+from server.engine.budget import SETTLED, SETTLED_TOGETHER
+from server.engine.plan import Row, Sequence
 from server.engine.prefill import FLOOD, RECENT, UNSTREAMED, Prefill
+from server.requests import Request, Sampling
 from tests.engine.test_scheduler import Bench, counts
 
 TOKENS, SHARE = 512, 10
@@ -24,6 +27,7 @@ def sequences(*lengths: int, tenant: str) -> list[Sequence]:
 
 
 def stream(tenant: str) -> Sequence:
+    """Of seven tokens."""
     sequence = Sequence(None, (), b"", 0, [0] * 9, 2, tenant=tenant)
     sequence.done = 8
     return sequence
@@ -36,6 +40,24 @@ def test_one_tenant_has_a_share_for_each_prompt_and_floods_nobody() -> None:
     assert prefill.floods(Counter(a=10**6)) == set()
     assert prefill.budget(prompts).extra == TOKENS  # nothing streams
     assert prefill.rooms(prompts, 50, lambda tenant: 1.0) == {"a": 50}
+
+
+def test_a_prompt_that_was_there_before_a_stream_began_may_hold_it_up_and_a_prefix_that_is_built_may_not() -> None:
+    """Several requests may wait for the prefix, so nobody knows when it came."""
+    prefill, (prompt,), streaming = Prefill(TOKENS, SHARE), sequences(900, tenant="a"), stream("a")
+    prefill.came("a")
+    streaming.began_at = 5.0
+    extra = []
+    for request in (
+        None,
+        Request("r", "a", (), (1,), Sampling(1), arrival=4.0),
+        Request("r", "a", (), (1,), Sampling(1), arrival=6.0),
+    ):
+        prompt.request = request
+        budget = prefill.budget([prompt, streaming])
+        budget.add(Row(streaming, streaming.done, 1))
+        extra.append(budget.extra)
+    assert extra == [SHARE, TOKENS - 1, SHARE]
 
 
 def test_who_has_much_in_progress_floods_while_others_are_there_or_were_lately() -> None:
@@ -115,3 +137,50 @@ def test_alone_a_tenant_fills_the_batch() -> None:
     flood(bench, 8)
     bench.step()
     assert len(bench.scheduler.running) == 8
+
+
+# -- one tenant: chunks beside streams
+
+
+def test_a_prompt_beside_streams_comes_in_small_chunks_and_alone_in_large_ones() -> None:
+    bench = Bench(max_prefill_tokens=3)
+    bench.submit("stream", [1, 3], max_new_tokens=SETTLED_TOGETHER + 5)
+    bench.settle()
+    bench.submit("long", list(range(3, 33)), max_new_tokens=1)
+    assert [counts(bench.step()) for _ in range(4)] == [{"stream": 1, "long": 3}] * 4
+    assert counts(bench.step()) == {"long": 16}
+
+
+def test_every_prompt_has_its_share_beside_streams() -> None:
+    bench = Bench(max_prefill_tokens=3)
+    bench.submit("stream", [1, 3], max_new_tokens=SETTLED_TOGETHER + 9)
+    bench.settle()
+    for id in ("first", "second"):
+        bench.submit(id, list(range(3, 11)), max_new_tokens=1)
+    assert counts(bench.step()) == {"stream": 1, "first": 6}
+    assert counts(bench.step()) == {"stream": 1, "first": 2, "second": 4}
+    assert counts(bench.step()) == {"stream": 1, "second": 3}
+
+
+def test_requests_that_come_together_get_their_first_tokens_together() -> None:
+    """16 tokens a step: the second prompt is not held back by the first one's stream, which has just begun."""
+    bench = Bench(max_prefill_tokens=1)
+    for id in "ab":
+        bench.submit(id, list(range(3, 17)), max_new_tokens=9)
+    assert counts(bench.step()) == {"a": 14, "b": 2}
+    assert counts(bench.step()) == {"a": 1, "b": 12}
+
+
+def test_a_request_that_comes_later_holds_up_a_stream_for_its_first_tokens_alone() -> None:
+    """With prompts that were there before it, a stream of so few tokens waits for both."""
+    bench = Bench(max_prefill_tokens=1)
+    bench.submit("stream", [1, 3], max_new_tokens=30)
+    for _ in range(SETTLED + 1):
+        bench.step()
+    bench.submit("together", list(range(3, 25)), max_new_tokens=1)
+    assert counts(bench.step()) == {"stream": 1, "together": 15}
+    bench.submit("later", list(range(3, 25)), max_new_tokens=1, arrival=math.inf)
+    assert counts(bench.step()) == {"stream": 1, "together": 2}
+    for _ in range(SETTLED_TOGETHER - SETTLED):
+        bench.step()
+    assert counts(bench.step()) == {"stream": 1, "later": 1}

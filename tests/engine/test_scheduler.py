@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters_store.digest import Digest
-from server.engine.budget import SETTLED, SETTLED_TOGETHER
+from server.engine.budget import SETTLED_TOGETHER
 from server.engine.pages import Pages
 from server.engine.plan import Copy, Evict, Fill, Plan, Put, Row, Sample, Sequence
 from server.engine.residency import AdapterFacts, Residency
@@ -117,6 +116,10 @@ class Bench:
     def _token(self, sequence: Sequence) -> Token | None:
         id = self.choose(sequence)
         return None if id is None else Token(id, -1.0)
+
+
+def counts(plan: Plan) -> dict[str, int]:
+    return {row.sequence.request.id: row.count for row in plan.rows if row.sequence.request is not None}
 
 
 def test_a_request_runs_to_its_length() -> None:
@@ -461,57 +464,6 @@ def test_random_traffic_ends_every_request_exactly_once(seed: int, blocks: int, 
     ends = Counter(event.request_id for event in bench.events if event.finish)
     assert ends == Counter(accepted)
     bench.scheduler.check_idle()
-
-
-# -- chunks beside streams
-
-
-def counts(plan: Plan) -> dict[str, int]:
-    return {row.sequence.request.id: row.count for row in plan.rows if row.sequence.request is not None}
-
-
-def test_a_prompt_beside_streams_comes_in_small_chunks_and_alone_in_large_ones() -> None:
-    bench = Bench(max_prefill_tokens=3)
-    bench.submit("stream", [1, 3], max_new_tokens=SETTLED_TOGETHER + 5)
-    bench.settle()
-    bench.submit("long", list(range(3, 33)), max_new_tokens=1)
-    assert [counts(bench.step()) for _ in range(4)] == [{"stream": 1, "long": 3}] * 4
-    assert counts(bench.step()) == {"long": 16}
-
-
-def test_every_prompt_has_its_share_beside_streams() -> None:
-    bench = Bench(max_prefill_tokens=3)
-    bench.submit("stream", [1, 3], max_new_tokens=SETTLED_TOGETHER + 9)
-    bench.settle()
-    for id in ("first", "second"):
-        bench.submit(id, list(range(3, 11)), max_new_tokens=1)
-    assert counts(bench.step()) == {"stream": 1, "first": 6}
-    assert counts(bench.step()) == {"stream": 1, "first": 2, "second": 4}
-    assert counts(bench.step()) == {"stream": 1, "second": 3}
-
-
-def test_requests_that_come_together_get_their_first_tokens_together() -> None:
-    """16 tokens a step: the second prompt is not held back by the first one's stream, which has just begun."""
-    bench = Bench(max_prefill_tokens=1)
-    for id in "ab":
-        bench.submit(id, list(range(3, 17)), max_new_tokens=9)
-    assert counts(bench.step()) == {"a": 14, "b": 2}
-    assert counts(bench.step()) == {"a": 1, "b": 12}
-
-
-def test_a_request_that_comes_later_holds_up_a_stream_for_its_first_tokens_alone() -> None:
-    """With prompts that were there before it, a stream of so few tokens waits for both."""
-    bench = Bench(max_prefill_tokens=1)
-    bench.submit("stream", [1, 3], max_new_tokens=30)
-    for _ in range(SETTLED + 1):
-        bench.step()
-    bench.submit("together", list(range(3, 25)), max_new_tokens=1)
-    assert counts(bench.step()) == {"stream": 1, "together": 15}
-    bench.submit("later", list(range(3, 25)), max_new_tokens=1, arrival=math.inf)
-    assert counts(bench.step()) == {"stream": 1, "together": 2}
-    for _ in range(SETTLED_TOGETHER - SETTLED):
-        bench.step()
-    assert counts(bench.step()) == {"stream": 1, "later": 1}
 
 
 # -- loads
