@@ -22,7 +22,7 @@ from adapters_store.errors import StoreError
 from adapters_store.records import JSON
 from adapters_store.store import Store, open_store
 
-from . import __version__
+from . import __version__, host_memory
 from .api.app import create_app
 from .api.readiness import Readiness
 from .checkpoints.folder import Folder
@@ -293,7 +293,7 @@ def _context(settings: Settings, base: Base) -> int:
 
 
 def _free_memory(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory.available()
 
 
 def _open_store(settings: Settings) -> Store:

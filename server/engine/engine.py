@@ -88,7 +88,7 @@ class Engine:
         self._placing = Placing(runner, scheduler, observer, self._warming, self._cache)
         self._passes = Passes(lambda rows: self._runner.run(rows), scheduler, observer, self._placing.relieve)
         self._inbox = Inbox()
-        self._progress = False  # the last step did something, so the next may too
+        self._progress = False  # the last step did something, or prepared for others, so the next may too
         self._broken = False  # the last step failed, and so did the recovery from it
         self._times = runner.times
         self._snapshot()
@@ -276,6 +276,7 @@ class Engine:
             self._times.end(len(rows), plan.tokens)
         if self._scheduler.idle:
             self._check_leaks()
+            self._progress = self._progress or (not self._inbox and self._runner.prepare())
 
     def _end_overdue(self) -> None:
         for request_id, error in self._admission.overdue():

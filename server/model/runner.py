@@ -6,7 +6,7 @@ but the device, and is called from one thread only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -69,6 +69,7 @@ class Runner:
         size = (cache.blocks, cache.block_size, shape.num_kv_heads, shape.head_dim)
         zeros = partial(_zeros, device=base.device, dtype=base.dtype)
         self._caches = [kernels.caches(zeros, size) for _ in range(shape.num_layers)]
+        self._ahead = host_memory.Ahead(list(chain.from_iterable(self._caches)) if base.device.type == "cpu" else ())
         self._batch = BatchBuilder(self.step, cache.block_size, base.device)
         self._embed = base.model.get_input_embeddings()  # type: ignore[operator]
         self._graphs: DecodeGraphs | None = None
@@ -104,6 +105,7 @@ class Runner:
                     case Put(digest, slots):
                         self._put(adapters[digest], slots)
                     case Fill(digest, blocks):
+                        self._reach(blocks)
                         self._fill(self._prefixes[digest], blocks)
                     case Copy(source, target):
                         for cache in chain.from_iterable(self._caches):
@@ -158,6 +160,14 @@ class Runner:
         """Blocks for a sequence of so many positions that nobody waits for, while nothing else runs: always the same ones."""
         return list(range(1, 1 - -positions // self._caches[0][0].shape[1]))
 
+    def prepare(self) -> bool:
+        """Do some of what later steps would have to, nobody waiting for one; whether more is left. Some milliseconds."""
+        return self._ahead.more()
+
+    def _reach(self, blocks: Iterable[int]) -> None:
+        """These blocks are about to be written. Fresh ones are handed out in order, so below the highest all may be."""
+        self._ahead.reach((1 + max(blocks)) * self._caches[0][0][0].nbytes)
+
     def warm_up(self, tokens: int) -> int:
         """One pass over `tokens` tokens before anybody waits for one; returns the bytes of host memory the cache takes then.
 
@@ -168,7 +178,7 @@ class Runner:
         scratch = self.scratch_blocks(count)
         self.run([Row(Seq(None, (), b"", 0, [0] * count, count, blocks=scratch), 0, count)])
         self._batch.forget_composition()
-        return sum(_taken(cache, scratch[-1] + 1) for cache in chain.from_iterable(self._caches))
+        return self._ahead.nbytes
 
     # -- a forward pass ------------------------------------------------------------------------------------------
 
@@ -180,6 +190,7 @@ class Runner:
         begins = list(accumulate((row.count for row in rows), initial=0))
         keep = [begin + offset for begin, offsets in zip(begins, kept, strict=False) for offset in offsets]
         self._batch.fill(rows, keep)
+        self._reach(row.sequence.blocks[-1] for row in rows)
         self.times.mark("fill")
         with self._readout.watching(rows):
             logits = self._forward(rows, begins)
@@ -259,13 +270,6 @@ def _zeros(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> T
     if device.type != "cpu":
         return torch.zeros(size, device=device, dtype=dtype)
     return host_memory.zeros(size, dtype, large_pages=True)
-
-
-def _taken(cache: Tensor, blocks: int) -> int:
-    """Bytes of host memory that a cache of `_zeros` takes once its first `blocks` blocks are written."""
-    if cache.device.type != "cpu":
-        return 0
-    return min(cache.nbytes, host_memory.taken(cache[:blocks].nbytes, large_pages=True))
 
 
 def _is_soft_prompt(row: Row) -> bool:

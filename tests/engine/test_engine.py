@@ -158,6 +158,36 @@ def test_a_cancel_between_submit_and_the_first_step_wins() -> None:
     assert lab.tokens("base") == []
 
 
+# ---- quiet moments ----
+
+
+def test_what_later_steps_need_is_prepared_while_nobody_waits_and_not_while_somebody_does(
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, enough = run(), threading.Event()
+    idle: list[bool] = []
+
+    def prepare() -> bool:
+        idle.append(running.scheduler.idle)
+        if len(idle) >= 100:  # one right after the other: a second's wait between them would take longer than WAIT
+            enough.set()
+        return not enough.is_set()
+
+    monkeypatch.setattr(running.runner, "prepare", prepare)
+    running.submit("base")
+    assert running.ending("base").finish is FinishReason.LENGTH
+    assert enough.wait(WAIT)
+    assert all(idle)
+
+
+def test_a_defect_while_preparing_costs_nobody_anything(run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
+    running = run()
+    monkeypatch.setattr(running.runner, "prepare", lambda: 1 // 0)
+    for name in ("one", "two"):
+        running.submit(name)
+        assert running.ending(name).finish is FinishReason.LENGTH
+
+
 # ---- stopping ----
 
 

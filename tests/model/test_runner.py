@@ -161,14 +161,45 @@ def test_fill_writes_a_prefix_and_nothing_behind_it() -> None:
 def test_warming_up_runs_as_many_tokens_as_asked_or_fit(
     blocks: int, tokens: int, written: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(host_memory, "_madvise", None)
+    monkeypatch.setattr(host_memory, "taken", lambda written, large_pages: written)
     runner, ran = new_runner(blocks), []
     run = runner.run
     monkeypatch.setattr(runner, "run", lambda rows: ran.extend(row.count for row in rows) or run(rows))
-    monkeypatch.setattr(host_memory, "taken", lambda written, large_pages: written)
     size = caches(runner).shape[3]
     assert runner.warm_up(tokens) == (1 + written) * block_nbytes(runner.base, size)  # the null block lies before them
     assert ran == [min(tokens, written * size)]
     assert not caches(runner)[:, :, 0].any()
+
+
+def reached(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Blocks up to the highest that is about to be written, each time; that many were reached for before any was written."""
+    seen: list[int] = []
+
+    def reach(written: int) -> None:
+        seen.append(written // runner._caches[0][0][0].nbytes)
+        assert not caches(runner)[:, :, seen[-1] - 1].any()
+
+    monkeypatch.setattr(runner._ahead, "reach", reach)
+    return seen
+
+
+def test_memory_is_reached_for_before_a_step_a_prefix_or_a_warm_up_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = new_runner()
+    seen = reached(runner, monkeypatch)
+    runner.run([Row(sequence([1, 2, 3], (3,)), 0, 3), Row(sequence([4, 5], (6,)), 0, 2)])
+    keys = torch.randn(2, 6, 2, 8)
+    adapter = Adapter(Digest.of(b"p"), (Part("prefix_tuning", prefix=Prefix(6, keys, keys)),))
+    runner.apply([Put(adapter.digest, {}), Fill(adapter.digest, (9, 12))], {adapter.digest: adapter})
+    runner.warm_up(15 * SIZE)
+    assert seen == [7, 13, 16]
+
+
+def test_quiet_moments_take_memory_until_there_is_none_left_to_take() -> None:
+    runner = new_runner()
+    while runner.prepare():
+        pass
+    assert runner.warm_up(SIZE) == caches(runner).nbytes
 
 
 def test_adapter_bytes_are_pools_and_prefixes_until_they_leave() -> None:
