@@ -23,6 +23,7 @@ PACKAGES = ("server", "adapters_store")
 
 #: Dependencies that no line of ours imports, and who does.
 UNSEEN = {
+    "accelerate": "transformers, to read a GGUF checkpoint",
     "fastapi-offline": "GET /docs, which serves the files in it and runs none of its code",
     "gguf": "transformers, to read a GGUF checkpoint",
     "httptools": "uvicorn's HTTP parser",
