@@ -1,7 +1,8 @@
 """Host memory straight from the system: nothing is taken before it is written, or, by `Ahead`, shortly before.
 
 Large pages for what a step reads from end to end (weights, caches): finding a page costs more than reading it where pages are
-small. Small ones for what is written here and there. Where the system has no large pages all memory is alike.
+small. Small ones for what is written here and there. Where the system has no large pages all memory is alike. How much there is
+to take, the machine and the control groups around the process say.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ _MODE: Final = Path("/sys/kernel/mm/transparent_hugepage/enabled")  # "always [m
 _GROUPS: Final = Path("/sys/fs/cgroup")
 _OWN_GROUP: Final = Path("/proc/self/cgroup")
 _LINE: Final = 64  # bytes; where a tensor begins
+#: Called as a function of a library, so the GIL is free meanwhile.
+_madvise: Final = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
 _POPULATE: Final = 23  # MADV_POPULATE_WRITE, which Python does not name: Linux 5.14
 _SPARE: Final = 512 << 20  # bytes that a quiet moment takes ahead of what is written: some ten thousand tokens of a small base
 
@@ -108,10 +111,6 @@ class Ahead:
             at = page * _PAGE
             self._able = _populated(self._tensors[tensor].data_ptr() + at, min(_PAGE, self._size - at))
             self._taken += self._able
-
-
-#: Called as a function of a library, so the GIL is free meanwhile.
-_madvise: Final = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
 
 
 def _populated(address: int, count: int) -> bool:
